@@ -2,6 +2,7 @@
 
 import json
 import zlib
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from blocks.images import image_ids
 from blocks.library import read_tensors, write_value
 from blocks.parent import Parent, config_of, in_dtype
 from blocks.records import CorpusInfo, LayerChoice, ParentInfo
+from flows import stages
 from flows.serving import _calibration
 from profiles.schema import (
     BLD,
@@ -49,7 +51,7 @@ from tasks.evaluate.loops import beginnings
 from tasks.evaluate.quality import sequence_figures
 from tasks.export.folder import export_child
 from tasks.export.formats import export_as
-from tasks.inputs import image_questions
+from tasks.inputs import image_questions, vision
 from tasks.inputs.chats import IMAGE as MARK
 from tasks.inputs.chats import Unusable, messages_of
 from tasks.inputs.corpus import (
@@ -61,7 +63,7 @@ from tasks.inputs.corpus import (
     weights_of,
     words_alone,
 )
-from tasks.inputs.image_questions import image_ids_of
+from tasks.inputs.image_questions import by_digest, image_ids_of
 from tasks.inputs.parent import prepare_parent, write_config
 from tasks.inputs.vision import vision_tensors, with_images
 from tasks.operating.champion import judge_against
@@ -70,6 +72,7 @@ from tasks.operating.requirements import MachineLacks, advice, check_profile, la
 from tasks.probe.records import Asked
 from tasks.probe.sides import SeenText
 from tasks.probe.texts import own_text
+from tasks.running.progress import no_progress
 from tasks.score.scoring import ScoringSet, score_sequences
 from tasks.studies.truth import other_model
 from tests.chain import chosen, recording
@@ -201,7 +204,7 @@ def test_code_that_prepares_pixels_is_refused_and_does_not_travel(tmp_path: Path
     assert {one.name for one in (folder / "vision").glob("*.json")} >= {path.name, "preprocessor_config.json"}
     (source / "preprocessor_config.json").unlink()
     assert "auto_map in processor_config.json" in refusal(source, tmp_path / "other")
-    questions = asked(coloured(tmp_path / "images", 4)).images
+    questions = by_digest(asked(coloured(tmp_path / "images", 4)).images)
     assert with_images(parent, questions, work, HOST).fingerprint == parent.fingerprint
 
 
@@ -239,8 +242,11 @@ def seen(folder: Path, template: str = "", wanted: dict[str, Any] | None = None,
     workspace, path = folder / "work", coloured(folder / "images", 48)
     corpus = asked(path, **(wanted or {}))
     plain = prepared_llava(source, workspace)
-    parent = with_images(plain, corpus.images, workspace, HOST)
-    assert with_images(plain, corpus.images, workspace, HOST) == parent and parent.fingerprint == plain.fingerprint
+    parent = with_images(plain, by_digest(corpus.images), workspace, HOST)
+    assert (
+        with_images(plain, by_digest(corpus.images), workspace, HOST) == parent
+        and parent.fingerprint == plain.fingerprint
+    )
     made = prepare_corpus(corpus, workspace / parent.folder, parent.fingerprint, workspace)
     return Seen(source, workspace, parent, made, path)
 
@@ -324,7 +330,7 @@ def test_chats_without_an_image_are_written_in_parts_too(tmp_path: Path) -> None
     words = TextSource(kind="jsonl", path=str(tmp_path / "chats.jsonl"), text_field="messages", weight=1)
     images = ImageQuestionsSource(kind="image_questions", path=str(path), weight=1)
     corpus = asked(path, sources=(words, images))
-    parent = with_images(prepared_llava(source, workspace), corpus.images, workspace, HOST)
+    parent = with_images(prepared_llava(source, workspace), by_digest(corpus.images), workspace, HOST)
     made = prepare_corpus(corpus, workspace / parent.folder, parent.fingerprint, workspace)
     tokenizer: Any = AutoTokenizer.from_pretrained(workspace / parent.folder)
     rows = read_tensors(workspace, made.tokens, ["train"])["train"].long()
@@ -428,7 +434,7 @@ def test_other_images_are_another_corpus_and_the_same_parent(tmp_path: Path) -> 
     for number, path in enumerate(here.path.parent.glob("*.png")):
         Image.new("RGB", (20, 24), (1, 2, number)).save(path)
     corpus = asked(here.path)
-    again = with_images(prepared_llava(here.source, here.workspace), corpus.images, here.workspace, HOST)
+    again = with_images(prepared_llava(here.source, here.workspace), by_digest(corpus.images), here.workspace, HOST)
     assert again.folder != here.parent.folder and again.fingerprint == here.parent.fingerprint
     made = prepare_corpus(corpus, here.workspace / again.folder, again.fingerprint, here.workspace)
     assert made.fingerprint != here.corpus.fingerprint
@@ -444,7 +450,7 @@ def test_other_images_are_another_corpus_and_the_same_parent(tmp_path: Path) -> 
 def test_questions_that_cannot_be_asked_are_refused(tmp_path: Path) -> None:
     source, work, path = tiny_llava(tmp_path / "source"), tmp_path / "work", coloured(tmp_path / "images")
     plain = prepared_llava(source, work)
-    parent = with_images(plain, asked(path).images, work, HOST)
+    parent = with_images(plain, by_digest(asked(path).images), work, HOST)
 
     def refused(match: str, **changes: Any) -> None:
         with pytest.raises(CorpusError, match=match):
@@ -470,10 +476,10 @@ def test_questions_that_cannot_be_asked_are_refused(tmp_path: Path) -> None:
     ):
         (path.parent / "0.png").write_bytes(content)
         with pytest.raises(CorpusError, match=told):
-            with_images(plain, asked(path).images, work, HOST)
+            with_images(plain, by_digest(asked(path).images), work, HOST)
     blind = prepare_parent(FolderParent(path=str(tiny_parent(tmp_path / "blind"))), work, None)
     with pytest.raises(ParentError, match="has no vision tower: take a parent of model_type llava"):
-        with_images(blind, asked(path).images, work, HOST)
+        with_images(blind, by_digest(asked(path).images), work, HOST)
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -527,7 +533,7 @@ def test_questions_are_read_once_as_long_as_their_file_stays(tmp_path: Path, mon
 
     def made() -> CorpusInfo:
         opened.clear()
-        parent = with_images(plain, corpus.images, workspace, HOST)
+        parent = with_images(plain, by_digest(corpus.images), workspace, HOST)
         return prepare_corpus(corpus, workspace / parent.folder, parent.fingerprint, workspace)
 
     monkeypatch.setattr(Path, "open", counted)
@@ -556,7 +562,7 @@ def test_a_photo_is_seen_upright(tmp_path: Path) -> None:
     lines = [{"image": f"{name}.png", "question": "?", "answer": "a"} for name in ("lying", "upright", "plain")]
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     parent, work = prepared_llava(tiny_llava(tmp_path / "source"), tmp_path / "work"), tmp_path / "work"
-    folder = work / with_images(parent, asked(tmp_path / "questions.jsonl").images, work, HOST).folder
+    folder = work / with_images(parent, by_digest(asked(tmp_path / "questions.jsonl").images), work, HOST).folder
     ids, features = image_ids(folder, 0), load_file(folder / "images.safetensors")["features"]
     own = {name: features[list(ids[sha256_of(tmp_path / f"{name}.png")])] for name in ("lying", "upright", "plain")}
     assert torch.equal(own["lying"], own["upright"]) and not torch.equal(own["lying"], own["plain"])
@@ -750,7 +756,7 @@ def test_a_champion_reads_images_by_the_table_of_now(tmp_path: Path) -> None:
     for number, path in enumerate(others.parent.glob("*.png")):
         Image.new("RGB", (9, 9), (number, 0, 0)).save(path)
     plain, sources = prepared_llava(here.source, here.workspace), (*asked(here.path).images, *asked(others).images)
-    both = with_images(plain, sources, here.workspace, HOST)
+    both = with_images(plain, by_digest(sources), here.workspace, HOST)
     corpus = prepare_corpus(asked(here.path), here.workspace / both.folder, both.fingerprint, here.workspace)
     now = Lineage(parent=both, corpus=corpus, child=child)
     assert reading(before, now) == both and reading(before, before) == here.parent
@@ -879,6 +885,43 @@ def test_another_model_is_not_compared_about_images(tmp_path: Path) -> None:
         other_model(tmp_path, meter)
 
 
+def test_too_few_images_are_refused_before_any_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a run itself, of any size, those of a capability too, of which the corpus has some. Texts are packed first, by
+    ids that a table gets later.
+    """
+    here: Any = SimpleNamespace(source=tiny_llava(tmp_path / "source"), path=coloured(tmp_path / "images", 48))
+    fields: dict[str, Any] = {"sequence_length": 128, "validation_sequences": 1, "test_sequences": 1}
+    fields |= {"prompt_weight": 0, "sources": [{"kind": "image_questions", "path": str(here.path)}]}
+    rest: dict[str, Any] = {"gkd": {"steps": 0, "validation_sequences": 1}, "evaluate": {"sequences": 1}}
+    rest |= {"record": {"statistics_sequences": 4, "hidden_sequences": 4, "validation_sequences": 1}}
+    rest |= {"scoring": {"sequences": 1}, "search_space": {"attention": ["kv1"], "ffn": ["no_op"]}}
+
+    def run(corpus: int, capability: int) -> Any:
+        both = {
+            "corpus": fields | {"train_sequences": corpus},
+            "capabilities": {"images": fields | {"train_sequences": capability}},
+        }
+        call = lambda task, makes, *values, **_: task.fn(*values)  # noqa: E731
+        profile, stage = profile_of(here, **both, **rest), lambda name: nullcontext(no_progress)
+        return SimpleNamespace(profile=profile, workspace=tmp_path / "work", stage=stage, call=call)
+
+    with monkeypatch.context() as blind:
+        blind.setattr(vision, "_tower", lambda _: pytest.fail("the tower has begun"))
+        for sizes, told in (((60, 2), "train needs 60 "), ((40, 2), "train needs 2 .* 42 are in the corpus or")):
+            with pytest.raises(CorpusError, match=f"the corpus is too small: {told}"):
+                stages.prepare(run(*sizes))
+    parent, corpus, (capability,) = stages.prepare(run(4, 2))
+    folder, wanted = tmp_path / "work" / parent.folder, run(4, 2).profile
+    own = prepare_corpus(wanted.corpus, folder, parent.fingerprint, tmp_path / "work")
+    others = (wanted.own_capabilities["images"].corpus, folder, parent.fingerprint, tmp_path / "work", (corpus,))
+    assert (folder / "images.safetensors").is_file() and own == corpus
+    assert prepare_corpus(*others).fingerprint == capability.fingerprint
+    images, plain = by_digest(wanted.images), prepared_llava(here.source, tmp_path / "other")
+    Image.new("RGB", (9, 9)).save(here.path.with_name("7.png"))
+    with pytest.raises(CorpusError, match="7.png has changed while texts about it were read: run again"):
+        with_images(plain, images, tmp_path / "other", HOST)
+
+
 def test_too_few_images_are_refused_before_a_run(tmp_path: Path) -> None:
     """By a try with as many tokens of each image as its tower will give."""
     for tower, strategy in (("clip", "default"), ("clip", "full"), ("siglip", "full")):
@@ -887,10 +930,11 @@ def test_too_few_images_are_refused_before_a_run(tmp_path: Path) -> None:
         )
         path, workspace = coloured(tmp_path / "images", 24), tmp_path / "work"
         here: Any = SimpleNamespace(source=source, path=path, workspace=workspace)
-        parent = with_images(prepared_llava(source, here.workspace), asked(here.path).images, here.workspace, HOST)
+        images = by_digest(asked(path).images)
+        parent = with_images(prepared_llava(source, here.workspace), images, here.workspace, HOST)
         folder = here.workspace / parent.folder
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        there, foreseen = (image_ids_of(folder, tokenizer, sources) for sources in ((), asked(here.path).images))
+        there, foreseen = (image_ids_of(folder, tokenizer, sources) for sources in ((), images))
         assert there == foreseen and there is not None and len(there.ids) == 24
         fields: dict[str, Any] = {"sequence_length": 128, "validation_sequences": 1, "test_sequences": 1}
         fields |= {"prompt_weight": 0}

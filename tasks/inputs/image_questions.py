@@ -7,7 +7,7 @@ has a chat template, the document is the chat that the template writes; else eac
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -113,6 +113,15 @@ def _digest(path: Path, state: State) -> str:
 def images_of(source: ImagesSource) -> list[Path]:
     """The files of all images that are asked about."""
     return list(dict.fromkeys(image for image, _, _ in questions(source, [])))
+
+
+def by_digest(sources: Iterable[ImagesSource]) -> dict[str, Path]:
+    """A file of each image that is asked about, by the sha256 of its content, in the order in which they are numbered.
+
+    Raises CorpusError.
+    """
+    found = {digest_of_image(path): path for source in sources for path in images_of(source)}
+    return dict(sorted(found.items()))
 
 
 def questions(source: ImagesSource, tallies: list[Tally]) -> Iterator[Asked]:
@@ -307,23 +316,25 @@ def tokens_of_an_image(values: Mapping[str, Any]) -> int:
     return patches + (vision.model_type == "clip_vision_model") - dropped
 
 
-def image_ids_of(folder: Path, tokenizer: Any, foreseen: Sequence[ImagesSource] = ()) -> ImageIds | None:
-    """The ids of the images in a parent's table; None for a parent without a vision tower.
+def places_of(folder: Path, first: int, foreseen: Iterable[str] = ()) -> dict[str, range]:
+    """The ids that stand for each image of a parent's table, the least of them `first`, by the sha256 of its file.
 
-    foreseen: there is no table yet, and ids are wanted as they will be for the images of these sources.
+    foreseen: there is no table yet, and ids are wanted as they will be for these images, in the order of `by_digest`.
     """
+    digests = list(foreseen)
+    if not digests:
+        return image_ids(folder, first)
+    each = tokens_of_an_image(json.loads((folder / VISION / "config.json").read_text(encoding="utf-8")))
+    return {digest: range(at, at + each) for digest, at in zip(digests, itertools.count(first, each), strict=False)}
+
+
+def image_ids_of(folder: Path, tokenizer: Any, foreseen: Iterable[str] = ()) -> ImageIds | None:
+    """The ids of the images that a parent sees; None for a parent without a vision tower. foreseen: see `places_of`."""
     config = folder / VISION / "config.json"
     if not config.is_file():
         return None
     values, text = (json.loads(path.read_text(encoding="utf-8")) for path in (config, folder / "config.json"))
     token = values.get("image_token_index", values.get("image_token_id", 32000))  # transformers' default
-    ids = image_ids(folder, text["vocab_size"])
-    if foreseen:
-        each, digests = (
-            tokens_of_an_image(values),
-            {digest_of_image(image) for one in foreseen for image in images_of(one)},
-        )
-        starts = itertools.count(text["vocab_size"], each)
-        ids = {digest: range(at, at + each) for digest, at in zip(sorted(digests), starts, strict=False)}
     name = str(tokenizer.convert_ids_to_tokens(token))
+    ids = places_of(folder, text["vocab_size"], foreseen)
     return ImageIds(first=text["vocab_size"], token=name, token_id=token, ids=ids)

@@ -8,7 +8,7 @@ images are made once (`with_images`), and a child is written back as a whole mod
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -26,8 +26,7 @@ from blocks.files import sha256_of
 from blocks.images import DIGESTS, FEATURES, TABLE
 from blocks.library import digest_of, keep, remember
 from blocks.records import ParentInfo, Ref, Value
-from profiles.schema import ImagesSource
-from tasks.inputs.image_questions import VISION, digest_of_image, images_of
+from tasks.inputs.image_questions import VISION, digest_of_image
 from tasks.inputs.parent_weights import Weights, check_finite, place_weights, weight_files
 from tasks.running.progress import Progress, no_progress
 
@@ -147,31 +146,33 @@ class _Seeing(Value):
     files: tuple[Ref, ...]
 
 
-def with_images(
-    parent: ParentInfo,
-    sources: Iterable[ImagesSource],
-    workspace: Path,
-    compute: Compute,
-    progress: Progress = no_progress,
-) -> ParentInfo:
-    """The parent with the features of all images of these sources (blocks/images.py), in a folder of its own: all other
-    files in it are links.
-
-    The same images give the same folder, which is used again. Without any source it is the parent as it is. Raises
-    ParentError for a parent without a vision tower, CorpusError for a file that is no image.
-    """
-    sources = tuple(sources)
-    if not sources:
-        return parent
-    folder = workspace / parent.folder
-    if not sees(folder):
+def refuse_blind(parent: ParentInfo, workspace: Path) -> None:
+    """Raise ParentError for a parent without a vision tower, where a text asks about images."""
+    if not sees(workspace / parent.folder):
         raise ParentError(
             f"the text asks about images, and {parent.name} has no vision tower: take a parent of model_type "
             f"{' or '.join(CARRIED)}, or leave the images out."
         )
-    paths = {digest_of_image(path): path for source in sources for path in images_of(source)}
-    ordered = sorted(paths)
-    key = digest_of(parent=parent.fingerprint, images=ordered, version=VERSION)
+
+
+def with_images(
+    parent: ParentInfo,
+    images: Mapping[str, Path],
+    workspace: Path,
+    compute: Compute,
+    progress: Progress = no_progress,
+) -> ParentInfo:
+    """The parent with the features of images (blocks/images.py), in a folder of its own: all other files in it are
+    links. images: their files by digest, as `by_digest` gives them.
+
+    The same images give the same folder, which is used again. Without any it is the parent as it is. Raises ParentError
+    for a parent without a vision tower, CorpusError for a file that is no image, or another one by now.
+    """
+    if not images:
+        return parent
+    refuse_blind(parent, workspace)
+    folder = workspace / parent.folder
+    key = digest_of(parent=parent.fingerprint, images=list(images), version=VERSION)
     manifest = workspace / "parent" / f"images-{key}.json"
     known = remember(manifest, _Seeing, lambda value: list(value.files), workspace, "never")
     if known is not None:
@@ -180,12 +181,12 @@ def with_images(
     with tempfile.TemporaryDirectory(dir=manifest.parent, prefix=".making-") as temporary:
         made = Path(temporary) / "parent"
         _link_all(folder, made)
-        seen = _features(folder, [paths[digest] for digest in ordered], compute, progress)
+        seen = _features(folder, images, compute, progress)
         first = next(seen)
-        features = torch.empty(len(ordered), *first.shape)  # once in memory: an image of LLaVA 1.5 takes 9 MiB
+        features = torch.empty(len(images), *first.shape)  # once in memory: an image of LLaVA 1.5 takes 9 MiB
         for place, one in enumerate(chain([first], seen)):
             features[place] = one
-        digests = torch.tensor([list(bytes.fromhex(digest)) for digest in ordered], dtype=torch.uint8)
+        digests = torch.tensor([list(bytes.fromhex(digest)) for digest in images], dtype=torch.uint8)
         save_file({FEATURES: features.flatten(0, 1), DIGESTS: digests}, made / TABLE)
         (made / TABLE).chmod(0o644)
         shutil.rmtree(workspace / target, ignore_errors=True)
@@ -209,7 +210,7 @@ def _link_all(source: Path, target: Path) -> None:
 
 
 @torch.no_grad()
-def _features(folder: Path, paths: Sequence[Path], compute: Compute, progress: Progress) -> Iterator[Tensor]:
+def _features(folder: Path, images: Mapping[str, Path], compute: Compute, progress: Progress) -> Iterator[Tensor]:
     """The features (tokens, D) of each image in float32, as the whole model puts them among the words."""
     from transformers import AutoImageProcessor
 
@@ -218,11 +219,12 @@ def _features(folder: Path, paths: Sequence[Path], compute: Compute, progress: P
         pixels: Any = AutoImageProcessor.from_pretrained(folder / VISION, trust_remote_code=False)
     except Exception as error:  # transformers raises nothing more precise
         raise ParentError(f"nothing says how the parent's pixels are prepared: {first_line(error)}") from error
-    for first in range(0, len(paths), BATCH):
-        batch = [_opened(path) for path in paths[first : first + BATCH]]
+    named = list(images.items())
+    for first in range(0, len(named), BATCH):
+        batch = [_opened(*one) for one in named[first : first + BATCH]]
         values = pixels(images=batch, return_tensors="pt")["pixel_values"]
         yield from (one.cpu() for one in model.get_image_features(pixel_values=values.to(compute.device)).pooler_output)
-        progress(min(first + BATCH, len(paths)), len(paths), "images seen")
+        progress(min(first + BATCH, len(named)), len(named), "images seen")
 
 
 def _tower(folder: Path) -> Any:
@@ -241,11 +243,13 @@ def _tower(folder: Path) -> Any:
     return model.eval()
 
 
-def _opened(path: Path) -> Any:
+def _opened(digest: str, path: Path) -> Any:
     """An image as people see it: a photo's orientation stands beside its pixels."""
     from PIL import Image, ImageOps
 
     try:
+        if digest_of_image(path) != digest:
+            raise CorpusError(f"{path.name} has changed while texts about it were read: run again.")
         with Image.open(path, formats=FORMATS) as image:
             size = image.width * image.height
             return ImageOps.exif_transpose(image).convert("RGB") if size <= MOST_PIXELS else _too_large(path, size)
