@@ -2,6 +2,7 @@
 
 import json
 import zlib
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -548,6 +549,42 @@ def test_questions_are_read_once_as_long_as_their_file_stays(tmp_path: Path, mon
     third = made()
     assert third.fingerprint != second.fingerprint and "2 of 48 lines" in third.description
     assert not {path.name, more.name} & set(opened)
+
+
+def test_of_more_images_the_new_ones_alone_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others are taken from tables that are whole and of the same parent, whatever else the profile asks about."""
+    path, workspace, looked = coloured(tmp_path / "images", 12), tmp_path / "work", list[str]()
+    plain, opened = prepared_llava(tiny_llava(tmp_path / "source"), workspace), vision._opened
+
+    def watched(digest: str, path: Path) -> Any:
+        looked.append(path.name)
+        return opened(digest, path)
+
+    def table(parent: ParentInfo, numbers: Sequence[int], workspace: Path = workspace) -> dict[str, torch.Tensor]:
+        """Features of some images by their digests, and in `looked` what the tower saw for them."""
+        looked.clear()
+        images = {d: p for d, p in by_digest(asked(path).images).items() if int(p.stem) in numbers}
+        folder = workspace / with_images(parent, images, workspace, HOST).folder
+        features, places = load_file(folder / "images.safetensors")["features"], image_ids(folder, 0)
+        assert list(places) == list(images) and len(features) == TOKENS * len(images)
+        return {digest: features[place.start : place.stop] for digest, place in places.items()}
+
+    monkeypatch.setattr(vision, "_opened", watched)
+    first, second = table(plain, range(6)), table(plain, range(5, 9))
+    assert sorted(looked) == ["6.png", "7.png", "8.png"]
+    third = table(plain, range(12))
+    assert sorted(looked) == ["10.png", "11.png", "9.png"]
+    assert all(torch.equal(one, third[digest]) for digest, one in (first | second).items())
+    alone = table(prepared_llava(tmp_path / "source", tmp_path / "other"), range(12), tmp_path / "other")
+    assert len(looked) == 12
+    torch.testing.assert_close(third, alone, rtol=1e-4, atol=1e-4)  # of other batches
+    assert not table(plain, range(3, 11)).keys() - third.keys() and not looked, "and no tower was made"
+    edit(tmp_path / "source", vision_feature_layer=-1)
+    assert len(table(prepared_llava(tmp_path / "source", workspace), range(2))) == len(looked) == 2
+    for damaged in workspace.glob("parent/*/images.safetensors"):
+        damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
+    table(plain, range(1, 4))
+    assert sorted(looked) == ["1.png", "2.png", "3.png"]
 
 
 def test_a_photo_is_seen_upright(tmp_path: Path) -> None:

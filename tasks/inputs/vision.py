@@ -8,7 +8,8 @@ images are made once (`with_images`), and a child is written back as a whole mod
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -20,11 +21,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from blocks.compute import Compute
-from blocks.errors import CorpusError, ParentError, first_line
+from blocks.errors import CorpusError, DamagedBlock, ParentError, first_line
 from blocks.export_code.families_decilm import FAMILIES
 from blocks.files import sha256_of
-from blocks.images import DIGESTS, FEATURES, TABLE
-from blocks.library import digest_of, keep, remember
+from blocks.images import DIGESTS, FEATURES, TABLE, features_in
+from blocks.library import digest_of, is_whole, keep, read_value, remember
 from blocks.records import ParentInfo, Ref, Value
 from tasks.inputs.image_questions import VISION, digest_of_image
 from tasks.inputs.parent_weights import Weights, check_finite, place_weights, weight_files
@@ -140,10 +141,19 @@ def tensors_in(folder: Path) -> dict[str, Tensor]:
 
 
 class _Seeing(Value):
-    """A parent whose folder has a table of images, and the files of that folder."""
+    """A parent whose folder has a table of images, and the files of that folder. images: of the table, in its order, by
+    their digests. by: what saw them; "" in a record of an older version, which does not say.
+    """
 
     parent: ParentInfo
     files: tuple[Ref, ...]
+    by: str = ""
+    images: tuple[str, ...] = ()
+
+    @property
+    def table(self) -> Ref:
+        """The file of the features."""
+        return next(ref for ref in self.files if ref.path == f"{self.parent.folder}/{TABLE}")
 
 
 def refuse_blind(parent: ParentInfo, workspace: Path) -> None:
@@ -165,8 +175,9 @@ def with_images(
     """The parent with the features of images (blocks/images.py), in a folder of its own: all other files in it are
     links. images: their files by digest, as `by_digest` gives them.
 
-    The same images give the same folder, which is used again. Without any it is the parent as it is. Raises ParentError
-    for a parent without a vision tower, CorpusError for a file that is no image, or another one by now.
+    The same images give the same folder, which is used again; of others, those alone are seen that no table of this
+    parent has. Without any it is the parent as it is. Raises ParentError for a parent without a vision tower,
+    CorpusError for a file that is no image, or another one by now.
     """
     if not images:
         return parent
@@ -177,14 +188,17 @@ def with_images(
     known = remember(manifest, _Seeing, lambda value: list(value.files), workspace, "never")
     if known is not None:
         return known.parent
-    target = f"{parent.folder}-{key[:16]}"
+    target, by = f"{parent.folder}-{key[:16]}", digest_of(parent=parent.fingerprint, version=VERSION)
+    before = _seen_before(by, images.keys(), workspace)
+    unseen = {digest: path for digest, path in images.items() if digest not in before}
     with tempfile.TemporaryDirectory(dir=manifest.parent, prefix=".making-") as temporary:
         made = Path(temporary) / "parent"
         _link_all(folder, made)
-        seen = _features(folder, images, compute, progress)
-        first = next(seen)
+        seen = _features(folder, unseen, compute, progress)
+        each = (before[digest] if digest in before else next(seen) for digest in images)
+        first = next(each)
         features = torch.empty(len(images), *first.shape)  # once in memory: an image of LLaVA 1.5 takes 9 MiB
-        for place, one in enumerate(chain([first], seen)):
+        for place, one in enumerate(chain([first], each)):
             features[place] = one
         digests = torch.tensor([list(bytes.fromhex(digest)) for digest in images], dtype=torch.uint8)
         save_file({FEATURES: features.flatten(0, 1), DIGESTS: digests}, made / TABLE)
@@ -193,9 +207,28 @@ def with_images(
         made.replace(workspace / target)
     files = [path for path in sorted((workspace / target).rglob("*")) if path.is_file()]
     refs = tuple(Ref(path=path.relative_to(workspace).as_posix(), sha256=sha256_of(path)) for path in files)
-    found = _Seeing(parent=parent.model_copy(update={"folder": target}), files=refs)
+    found = _Seeing(parent=parent.model_copy(update={"folder": target}), files=refs, by=by, images=tuple(images))
     keep(manifest, found, refs, workspace, "never")
     return found.parent
+
+
+def _seen_before(by: str, wanted: Set[str], workspace: Path) -> dict[str, Tensor]:
+    """The features (tokens, D) of those images that whole tables have, by digest. Tables are mapped: what is not looked
+    at is not read, and of several the latest is asked first, since it will have most.
+    """
+    found: dict[str, Tensor] = {}
+    records = (workspace / "parent").glob("images-*.json")
+    for path in sorted(records, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        with suppress(DamagedBlock):
+            there = read_value(path, _Seeing)
+            new = wanted & (set(there.images) - found.keys()) if there.by == by else None
+            features = (
+                features_in(workspace / there.parent.folder) if new and is_whole(workspace, there.table) else None
+            )
+            if new and features is not None:
+                rows = features.unflatten(0, (len(there.images), -1))
+                found |= {digest: one for digest, one in zip(there.images, rows, strict=True) if digest in new}
+    return found
 
 
 def _link_all(source: Path, target: Path) -> None:
