@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from benchmarks.multimodal import mostly_right, shown_others
@@ -70,6 +71,7 @@ from tasks.inputs.vision import vision_tensors, with_images
 from tasks.operating.champion import judge_against
 from tasks.operating.champion_limits import reading
 from tasks.operating.requirements import MachineLacks, advice, check_profile, lacking
+from tasks.planning.plan import config_parent, machine_rates, plan_of
 from tasks.probe.records import Asked
 from tasks.probe.sides import SeenText
 from tasks.probe.texts import own_text
@@ -920,6 +922,32 @@ def test_another_model_is_not_compared_about_images(tmp_path: Path) -> None:
     meter: Any = SimpleNamespace(finished=SimpleNamespace(corpus=here.corpus))
     with pytest.raises(CorpusError, match="another model is compared on words, and the corpus of this run asks about"):
         other_model(tmp_path, meter)
+
+
+def test_a_plan_has_what_the_tower_takes(tmp_path: Path) -> None:
+    """FLOPs as torch counts them, the table byte for byte; and the rest of the plan where the images are elsewhere."""
+    here = seen(tmp_path)
+    folder, space = here.workspace / here.parent.folder, {"attention": ["kv1"], "ffn": ["no_op"]}
+    wanted = profile_of(here, search_space=space)
+    blind = profile_of(here, search_space=space, corpus={"sources": [{"kind": "python_stdlib"}]})
+    rates = machine_rates(wanted, "h100")
+    assert rates is not None
+    plan, words = (plan_of(one, config_parent(one.parent), rates) for one in (wanted, blind))
+    row, tower = next(stage for stage in plan.stages if stage.name == "images"), vision._tower(folder)
+    tower.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        tower.get_image_features(pixel_values=torch.zeros(1, 3, 16, 16))
+    assert row.tasks == 1 and row.seconds and row.flops == 48 * counter.get_total_flops() > 0
+    features = load_file(folder / "images.safetensors")["features"]
+    assert plan.disk_bytes - words.disk_bytes == features.nbytes
+    weights = sum(4 * tensor.numel() for tensor in vision_tensors(folder).values())
+    assert row.device_bytes and 0.8 * weights < row.device_bytes < 3 * weights
+    assert "images" not in [stage.name for stage in words.stages] and not plan.unknown
+    here.path.unlink()
+    elsewhere = plan_of(wanted, config_parent(wanted.parent), rates)
+    row = next(stage for stage in elsewhere.stages if stage.name == "images")
+    assert row.seconds is None and row.flops is None and elsewhere.unknown == "the images are not here to be counted"
+    assert 0 < elsewhere.seconds < plan.seconds and elsewhere.disk_bytes == words.disk_bytes
 
 
 def test_too_few_images_are_refused_before_any_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

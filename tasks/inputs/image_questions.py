@@ -19,14 +19,13 @@ from numpy.typing import NDArray
 
 from blocks.errors import CorpusError
 from blocks.files import sha256_of
-from blocks.images import image_ids
+from blocks.images import image_ids, vision_of
 from profiles.schema import EasyVqaSource, ImageQuestionsSource, ImagesSource
 from tasks.inputs.chats import IMAGE, Chat, Conversation, Message, Span, Unusable, normalise
 from tasks.inputs.installed_packages import folders_of
 from tasks.inputs.questions import marked
 from tasks.inputs.text_files import Document, Tally
 
-VISION = "vision"  # the folder of what a prepared parent sees with
 VERSION = 1  # raise it when the same images and questions would give other tokens
 LONGEST_PATH = 4096  # characters
 FIELDS = ("image", "question", "answer")
@@ -306,14 +305,18 @@ def check_words(ids: Sequence[int] | NDArray[np.int32], known: int) -> None:
         )
 
 
-def tokens_of_an_image(values: Mapping[str, Any]) -> int:
-    """How many features an image has, by a LLaVA's config.json."""
+def tower_of(values: Mapping[str, Any]) -> tuple[Any, int]:
+    """The config of a LLaVA's tower, by the LLaVA's config.json, and how many states it has of an image."""
     from transformers import CONFIG_MAPPING
 
     vision: Any = CONFIG_MAPPING[values["vision_config"]["model_type"]](**values["vision_config"])
-    patches = int(vision.image_size // vision.patch_size) ** 2  # CLIP's have one more before them
-    dropped = values.get("vision_feature_select_strategy", "default") == "default"
-    return patches + (vision.model_type == "clip_vision_model") - dropped
+    patches = int(vision.image_size // vision.patch_size) ** 2
+    return vision, patches + (vision.model_type == "clip_vision_model")  # CLIP's have one more before the patches
+
+
+def tokens_of_an_image(values: Mapping[str, Any]) -> int:
+    """How many features an image has, by a LLaVA's config.json."""
+    return tower_of(values)[1] - (values.get("vision_feature_select_strategy", "default") == "default")
 
 
 def places_of(folder: Path, first: int, foreseen: Iterable[str] = ()) -> dict[str, range]:
@@ -324,17 +327,16 @@ def places_of(folder: Path, first: int, foreseen: Iterable[str] = ()) -> dict[st
     digests = list(foreseen)
     if not digests:
         return image_ids(folder, first)
-    each = tokens_of_an_image(json.loads((folder / VISION / "config.json").read_text(encoding="utf-8")))
+    each = tokens_of_an_image(vision_of(folder) or {})
     return {digest: range(at, at + each) for digest, at in zip(digests, itertools.count(first, each), strict=False)}
 
 
 def image_ids_of(folder: Path, tokenizer: Any, foreseen: Iterable[str] = ()) -> ImageIds | None:
     """The ids of the images that a parent sees; None for a parent without a vision tower. foreseen: see `places_of`."""
-    config = folder / VISION / "config.json"
-    if not config.is_file():
+    values = vision_of(folder)
+    if values is None:
         return None
-    values, text = (json.loads(path.read_text(encoding="utf-8")) for path in (config, folder / "config.json"))
+    first = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     token = values.get("image_token_index", values.get("image_token_id", 32000))  # transformers' default
     name = str(tokenizer.convert_ids_to_tokens(token))
-    ids = places_of(folder, text["vocab_size"], foreseen)
-    return ImageIds(first=text["vocab_size"], token=name, token_id=token, ids=ids)
+    return ImageIds(first=first, token=name, token_id=token, ids=places_of(folder, first, foreseen))

@@ -25,6 +25,7 @@ from blocks.errors import ParentError, PuzzleError, first_line
 from blocks.export_code.families_decilm import FAMILIES
 from blocks.families import family_of
 from blocks.files import sha256_of, write_text
+from blocks.images import VISION
 from blocks.library import Fetch, digest_of, is_whole, keep, remember
 from blocks.records import ParentInfo, Ref, Value
 from blocks.resources import precision_name
@@ -33,7 +34,6 @@ from tasks.gguf.header import Header, read_header, stem_of, without_vocabulary
 from tasks.gguf.parent_file import check_model, describe, dtype_of, parts_of
 from tasks.gguf.tokenizer_reader import tokenizer_of
 from tasks.inputs.companions import CARD, HUB_PATTERNS, companions, copy_companions, has_tokenizer, write_terms
-from tasks.inputs.image_questions import VISION
 from tasks.inputs.installed_packages import installed_file
 from tasks.inputs.parent_weights import INDEX, WEIGHTS, Weights, check_finite, place_weights, shards_of, weights_of
 from tasks.inputs.rotated import rotate, rotated_config

@@ -24,10 +24,10 @@ from blocks.compute import Compute
 from blocks.errors import CorpusError, DamagedBlock, ParentError, first_line
 from blocks.export_code.families_decilm import FAMILIES
 from blocks.files import sha256_of
-from blocks.images import DIGESTS, FEATURES, TABLE, features_in
+from blocks.images import DIGESTS, FEATURES, TABLE, VISION, features_in, vision_of
 from blocks.library import digest_of, is_whole, keep, read_value, remember
 from blocks.records import ParentInfo, Ref, Value
-from tasks.inputs.image_questions import VISION, digest_of_image
+from tasks.inputs.image_questions import digest_of_image
 from tasks.inputs.parent_weights import Weights, check_finite, place_weights, weight_files
 from tasks.running.progress import Progress, no_progress
 
@@ -120,7 +120,7 @@ def _alone(weights: Weights, tensors: Mapping[str, Any]) -> Weights:
 
 def sees(folder: Path) -> bool:
     """Whether a prepared parent has a vision tower."""
-    return (folder / VISION / "config.json").is_file()
+    return vision_of(folder) is not None
 
 
 def vision_tensors(folder: Path) -> dict[str, Tensor]:
