@@ -28,6 +28,7 @@ from tasks.distill.record import Recording, open_parent, record_layer, recording
 from tasks.evaluate.standing import Reading, final_of, of_sequences  # noqa: E402
 from tasks.inputs.corpus import prepare_corpus  # noqa: E402
 from tasks.inputs.corpus_sources import iterate_documents  # noqa: E402
+from tasks.inputs.image_questions import by_digest  # noqa: E402
 from tasks.inputs.parent import prepare_parent  # noqa: E402
 from tasks.inputs.vision import with_images  # noqa: E402
 from tasks.measure.hardware_description import processor  # noqa: E402
@@ -74,7 +75,7 @@ def open_bench(options: argparse.Namespace) -> Bench:
     workspace.mkdir(parents=True, exist_ok=True)
     configure_torch(profile.hardware.threads)
     parent = prepare_parent(profile.parent, workspace, lambda: iterate_documents(profile.corpus))
-    parent = with_images(parent, profile.images, workspace, HOST)
+    parent = with_images(parent, by_digest(profile.images), workspace, HOST)
     corpus = prepare_corpus(profile.corpus, workspace / parent.folder, parent.fingerprint, workspace)
     reader = open_parent(workspace / parent.folder, HOST)
     recording = recording_of(profile, parent, corpus, HOST)

@@ -59,7 +59,7 @@ def library_flow(profile: Profile, workspace: str) -> dict[str, float]:
 
     started = time.perf_counter()
     run = Run(profile=profile, workspace=Path(workspace))
-    parent, corpus = stages.prepare(run)
+    parent, corpus, _ = stages.prepare(run)
     records = stages.record(run, parent, corpus)
     distilling = time.perf_counter()
     blocks = stages.distill_all(run, parent, corpus, records)
@@ -84,7 +84,7 @@ def one_run(runner: str, tasks: int, workspace: Path) -> None:
     configure_torch(1)
     started = time.perf_counter()
     if runner == "loop":
-        parent, corpus = stages.prepare(Run(profile=profile, workspace=workspace))
+        parent, corpus, _ = stages.prepare(Run(profile=profile, workspace=workspace))
         wanted = record.recording_of(profile, parent, corpus, HOST)
         layers = [record.record_layer(i, wanted, workspace, HOST) for i in range(LAYERS)]
         jobs = jobs_of(profile, wanted, layers, record.open_parent(workspace / parent.folder))

@@ -5,6 +5,7 @@ A text about an image holds such ids where the image stands, and every stage rea
 embeds ids knows better: `see` makes an embedding look those ids up here.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,8 +15,18 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor, nn
 
+VISION = "vision"  # the folder, in a parent's, of what it sees with
 TABLE = "images.safetensors"  # in a parent's folder
 FEATURES, DIGESTS = "features", "digests"  # (rows, D), as many rows for each image; (images, 32) sha256 of their files
+
+
+def vision_of(folder: Path) -> dict[str, Any] | None:
+    """The config.json of the whole model that a parent's folder is the text model of; None of one that does not see."""
+    path = folder / VISION / "config.json"
+    if not path.is_file():
+        return None
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return values
 
 
 def features_in(folder: Path) -> Tensor | None:

@@ -22,7 +22,7 @@ from blocks.errors import ChildError, ParentError
 from blocks.export_code.configuration_decilm import DeciLMConfig
 from blocks.export_code.families_decilm import Family
 from blocks.families import attention_types, family_of
-from blocks.images import features_in, see
+from blocks.images import features_in, see, vision_of
 from blocks.kinds import kind_of, parse_label
 from blocks.records import SUBBLOCKS, LayerChoice
 from blocks.subblock import load_subblock, subblock_state
@@ -38,6 +38,7 @@ class Parent:
         self.folder, self._compute = folder, compute
         self.config: Any = AutoConfig.from_pretrained(folder)
         self.family: Family = family_of(self.config)
+        self.vision = vision_of(folder)  # the whole model's config, of a parent that sees
         self.config._attn_implementation = self.attention_code
         self.config._experts_implementation = "grouped_mm"  # what transformers takes where nothing is asked for
 

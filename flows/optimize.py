@@ -24,8 +24,7 @@ def optimize(profile: Profile, workspace: str) -> ChildReport:
         workspace: folder that keeps the block library, Prefect's and MLflow's state and the child.
     """
     with open_run(profile, Path(workspace)) as run:
-        parent, corpus = stages.prepare(run)
-        capabilities = stages.prepare_capabilities(run, parent, corpus)
+        parent, corpus, capabilities = stages.prepare(run)
         run.log_inputs(parent, corpus)
         records = stages.record(run, parent, corpus)
         blocks = stages.distill_all(run, parent, corpus, records)

@@ -33,8 +33,7 @@ def reoptimize(profile: Profile, workspace: str, remeasure: bool = False) -> Jud
     profile = profile.model_copy(update={"parent": at_its_commit(profile.parent)})
     store = open_experiment(profile, folder)
     run = Run(profile=profile, workspace=folder)
-    parent, corpus = stages.prepare(run)
-    capabilities = stages.prepare_capabilities(run, parent, corpus)
+    parent, corpus, capabilities = stages.prepare(run)
     judged_texts(profile, parent, corpus, capabilities, folder)  # what no challenger could keep is refused here
     for moved in stages.measure_again(run, parent) if remeasure else []:
         say(f"cost moved: {moved}")

@@ -19,7 +19,7 @@ from flows.admitted import at_work  # noqa: E402
 from flows.optimize import optimize as pipeline  # noqa: E402
 from flows.reoptimize import reoptimize as challenge  # noqa: E402
 from flows.run import Run  # noqa: E402
-from flows.stages import measure, prepare  # noqa: E402
+from flows.stages import measure, parent_of  # noqa: E402
 from flows.tracked_run import show_costs  # noqa: E402
 from tasks.measure.costs import costs_of  # noqa: E402
 from tasks.operating import study_runs, sweeping  # noqa: E402
@@ -107,7 +107,7 @@ def measure_hardware(
     """
     with at_work(profile, NO_LIMITS, hardware, more, workspace) as (admitted, folder):
         run = Run(profile=admitted, workspace=folder)
-        parent, _ = prepare(run)
+        parent = parent_of(run)
         if (known := costs_of(admitted, parent, folder)) and not known.modelled:
             say(
                 f"nothing is measured: the costs of {known.measured_at} are of this hardware and traffic, and younger "

@@ -36,10 +36,11 @@ from tasks.distill.record import (
 from tasks.evaluate.floors import Chosen
 from tasks.inputs.corpus import prepare_corpus
 from tasks.inputs.corpus_sources import iterate_documents
+from tasks.inputs.image_questions import by_digest
 from tasks.inputs.parent import prepare_parent
 from tasks.inputs.parent_answers import with_answers
 from tasks.inputs.space import check_search_space, left_out, refused_whole
-from tasks.inputs.vision import with_images
+from tasks.inputs.vision import refuse_blind, with_images
 from tasks.measure import costs, typed_costs
 from tasks.measure.calibration import drift
 from tasks.running.at_work import at_work_in
@@ -130,42 +131,57 @@ def _scores_key(work: Sequence[scoring.Work], scored: scoring.ScoringSet) -> str
     return digest_of(scores=[(scoring.score_key(record, scored.text), sequences) for record, sequences in work])
 
 
-def prepare(run: Run) -> tuple[ParentInfo, CorpusInfo]:
-    """Parent and corpus, normalised and fingerprinted; both are remembered by content."""
+def prepare(run: Run) -> tuple[ParentInfo, CorpusInfo, list[CorpusInfo]]:
+    """Parent, corpus and the text of every capability that has its own, normalised and fingerprinted; all are
+    remembered by content. What stands in the corpus, or in a capability before it, is left out of a capability.
+
+    Too little text, or too few images, is found out before the parent sees any image.
+    """
+    parent, images = parent_of(run), by_digest(run.profile.images)
+    corpus, capabilities = _packed(run, "", run.profile.corpus, parent, images), list[CorpusInfo]()
+    for name, one in run.profile.own_capabilities.items():
+        capabilities.append(_packed(run, name, one.corpus, parent, images, (corpus, *capabilities)))
+    return _seeing(run, parent, images), corpus, capabilities
+
+
+def parent_of(run: Run) -> ParentInfo:
+    """The parent, as long as it has seen no image."""
     profile, workspace = run.profile, run.workspace
     with exclusive(workspace, TaskKey(key="parent", what="the parent")), run.stage("parent"):
         documents = lambda: iterate_documents(profile.corpus)  # noqa: E731
-        parent: ParentInfo = run.call(parent_task, "parent", profile.parent, workspace, documents, limited=False)
+        asked = (profile.parent, workspace, documents, bool(profile.images))
+        parent: ParentInfo = run.call(parent_task, "parent", *asked, limited=False)
     reader = open_parent(workspace / parent.folder)
     check_search_space(profile, reader)
-    parent = _seeing(run, parent)
     for sentence in left_out(profile, reader):
         say(f"not tried: {sentence}")
-    return parent, _packed(run, "", profile.corpus, parent)
+    if profile.images:
+        refuse_blind(parent, workspace)
+    return parent
 
 
-def _seeing(run: Run, parent: ParentInfo) -> ParentInfo:
+def _seeing(run: Run, parent: ParentInfo, images: Mapping[str, Path]) -> ParentInfo:
     """The parent with the features of all images that the profile's texts ask about."""
-    if not run.profile.images:
+    if not images:
         return parent
     with exclusive(run.workspace, TaskKey(key="images", what="the images")), run.stage("images") as progress:
-        asked = (parent, run.profile.images, run.workspace, compute_of(run.profile), progress)
-        found: ParentInfo = run.call(images_task, "parent", *asked, after=["parent"], limited=False)
-    return found
-
-
-def prepare_capabilities(run: Run, parent: ParentInfo, corpus: CorpusInfo) -> list[CorpusInfo]:
-    """The text of every capability that has its own. What stands in the corpus, or in one before it, is left out."""
-    found: list[CorpusInfo] = []
-    for name, one in run.profile.own_capabilities.items():
-        found.append(_packed(run, name, one.corpus, parent, (corpus, *found)))
+        asked = (parent, images, run.workspace, compute_of(run.profile), progress)
+        found: ParentInfo = run.call(images_task, "corpus", *asked, after=["corpus"], limited=False)
     return found
 
 
 def _packed(
-    run: Run, capability: str, wanted: Corpus, parent: ParentInfo, others: tuple[CorpusInfo, ...] = ()
+    run: Run,
+    capability: str,
+    wanted: Corpus,
+    parent: ParentInfo,
+    images: Mapping[str, Path],
+    others: tuple[CorpusInfo, ...] = (),
 ) -> CorpusInfo:
-    """A text read and packed, with the parent's answers where it asks for them. capability: whose; "": the corpus."""
+    """A text read and packed, with the parent's answers where it asks for them. capability: whose; "": the corpus.
+
+    images: all that the parent is to see, by their digests.
+    """
     workspace, needs = run.workspace, ["parent"]
     if any(isinstance(source, ParentAnswersSource) for source in wanted.sources):
         with (
@@ -176,7 +192,7 @@ def _packed(
             needs = [f"prompts {capability}".strip()]
             wanted = run.call(prompts_task, needs[0], wanted, *place, after=["parent"], limited=False)
     with exclusive(workspace, TaskKey(key="corpus", what="the corpus")), run.stage("corpus"):
-        read = (wanted, workspace / parent.folder, parent.fingerprint, workspace, others)
+        read = (wanted, workspace / parent.folder, parent.fingerprint, workspace, others, tuple(images))
         corpus: CorpusInfo = run.call(corpus_task, f"corpus {capability}".strip(), *read, after=needs, limited=False)
     return corpus.model_copy(update={"capability": capability})
 

@@ -3,6 +3,7 @@
 import itertools
 import math
 import shutil
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,20 @@ def test_a_long_document_is_known_by_the_middle_that_another_corpus_took() -> No
     assert known.holds(whole, "whole") and known.holds(whole[1000:3001], "half")
     assert not known.holds(whole[:1700], "before")
     assert not known.holds(other, "other")  # a hundred tokens of it are no middle
+
+
+def test_features_of_images_that_are_known_take_no_more_than_their_ids() -> None:
+    """A corpus of images may have ten million of them."""
+    ids = np.arange(1000, 500_000, 2, dtype=np.int32)
+    tracemalloc.start()
+    try:
+        known = KnownRuns((), 1.0, images=ids)
+        assert tracemalloc.get_traced_memory()[1] <= ids.nbytes
+    finally:
+        tracemalloc.stop()
+    assert known.shows(1000, "first") and known.shows(499_998, "last") and known.shows(499_998, "again")
+    assert not any(known.shows(other, "none") for other in (0, 999, 1001, 499_999, 500_000))
+    assert known.found == 3 and not KnownRuns((), 1.0).shows(1000, "nothing is known")
 
 
 def tokens_of(chain: Chain, corpus: Any) -> list[torch.Tensor]:

@@ -197,7 +197,7 @@ def test_hub_fetches_what_is_needed_at_one_commit(
     info = prepare_parent(parent, tmp_path, None)
     assert (info.name, info.revision) == ("some/model", commit)
     assert [revision for revision, _ in calls] == ["main", commit]
-    assert not [name for name in calls[0][1] if name.endswith(".safetensors")], "config first, then gigabytes"
+    assert calls[0][1] == ["config.json"], "it tells what cannot be a parent, before gigabytes"
     assert [name for name in calls[1][1] if name.endswith(".safetensors")] == ["model.safetensors"]
     weights = tmp_path / info.folder / "model.safetensors"
     assert not weights.is_symlink()

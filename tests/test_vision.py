@@ -2,16 +2,20 @@
 
 import json
 import zlib
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from PIL import Image
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from benchmarks.multimodal import mostly_right, shown_others
@@ -23,6 +27,7 @@ from blocks.images import image_ids
 from blocks.library import read_tensors, write_value
 from blocks.parent import Parent, config_of, in_dtype
 from blocks.records import CorpusInfo, LayerChoice, ParentInfo
+from flows import stages
 from flows.serving import _calibration
 from profiles.schema import (
     BLD,
@@ -30,6 +35,7 @@ from profiles.schema import (
     Corpus,
     EasyVqaSource,
     FolderParent,
+    HubParent,
     ImageQuestionsSource,
     Profile,
     Record,
@@ -47,7 +53,7 @@ from tasks.evaluate.loops import beginnings
 from tasks.evaluate.quality import sequence_figures
 from tasks.export.folder import export_child
 from tasks.export.formats import export_as
-from tasks.inputs import image_questions
+from tasks.inputs import image_questions, vision
 from tasks.inputs.chats import IMAGE as MARK
 from tasks.inputs.chats import Unusable, messages_of
 from tasks.inputs.corpus import (
@@ -59,15 +65,17 @@ from tasks.inputs.corpus import (
     weights_of,
     words_alone,
 )
-from tasks.inputs.image_questions import image_ids_of
+from tasks.inputs.image_questions import by_digest, image_ids_of
 from tasks.inputs.parent import prepare_parent, write_config
 from tasks.inputs.vision import vision_tensors, with_images
 from tasks.operating.champion import judge_against
 from tasks.operating.champion_limits import reading
 from tasks.operating.requirements import MachineLacks, advice, check_profile, lacking
+from tasks.planning.plan import config_parent, machine_rates, plan_of
 from tasks.probe.records import Asked
 from tasks.probe.sides import SeenText
 from tasks.probe.texts import own_text
+from tasks.running.progress import no_progress
 from tasks.score.scoring import ScoringSet, score_sequences
 from tasks.studies.truth import other_model
 from tests.chain import chosen, recording
@@ -150,6 +158,40 @@ def test_what_is_not_carried_is_refused_in_a_sentence(tmp_path: Path) -> None:
     assert "NaN or infinite" in refusal(source, work)
 
 
+def test_of_the_hub_the_config_alone_tells_what_cannot_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that cannot see, or by a tower that is not carried, or is to be rotated, is refused before the rest comes."""
+    snapshot, blind, fetched = tiny_llava(tmp_path / ("c" * 40)), tiny_parent(tmp_path / "blind"), list[list[str]]()
+    config = snapshot / "config.json"
+    values = config.read_text()
+
+    def download(hub_id: str, revision: str, allow_patterns: list[str]) -> str:
+        fetched.append(allow_patterns)
+        return str(snapshot)
+
+    def refused(told: str, rotate: bool = False, **asked: bool) -> None:
+        source = HubParent(hub_id="some/llava", rotate=rotate)
+        with pytest.raises(ParentError, match=told):
+            prepare_parent(source, tmp_path / "work", None, **asked)
+        assert fetched and all(names == ["config.json"] for names in fetched)
+        fetched.clear()
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    refused("leave rotate out", rotate=True)
+    edit(snapshot, vision_config={"model_type": "pixtral"})
+    refused("sees by pixtral: carried are clip_vision_model")
+    config.write_text((blind / "config.json").read_text())
+    refused("a text asks about images, and some/llava has no vision tower: take a parent of .* llava", must_see=True)
+    path = coloured(tmp_path / "images", 4)
+    here: Any = SimpleNamespace(source=snapshot, path=path)
+    wanted = profile_of(here, parent={"kind": "hub", "hub_id": "some/llava"})
+    assert not lacking(wanted) and not fetched, "nothing is known of it before a run"
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: str(config))
+    assert any("some/llava has no vision tower" in told for told in lacking(wanted)) and not fetched
+    config.write_text(values)
+    assert not lacking(wanted)
+    assert prepare_parent(HubParent(hub_id="some/llava"), tmp_path / "work", None, must_see=True).revision == "c" * 40
+
+
 def test_code_that_prepares_pixels_is_refused_and_does_not_travel(tmp_path: Path) -> None:
     source, work = tiny_llava(tmp_path / "source"), tmp_path / "work"
     path = source / "processor_config.json"
@@ -165,7 +207,7 @@ def test_code_that_prepares_pixels_is_refused_and_does_not_travel(tmp_path: Path
     assert {one.name for one in (folder / "vision").glob("*.json")} >= {path.name, "preprocessor_config.json"}
     (source / "preprocessor_config.json").unlink()
     assert "auto_map in processor_config.json" in refusal(source, tmp_path / "other")
-    questions = asked(coloured(tmp_path / "images", 4)).images
+    questions = by_digest(asked(coloured(tmp_path / "images", 4)).images)
     assert with_images(parent, questions, work, HOST).fingerprint == parent.fingerprint
 
 
@@ -203,8 +245,11 @@ def seen(folder: Path, template: str = "", wanted: dict[str, Any] | None = None,
     workspace, path = folder / "work", coloured(folder / "images", 48)
     corpus = asked(path, **(wanted or {}))
     plain = prepared_llava(source, workspace)
-    parent = with_images(plain, corpus.images, workspace, HOST)
-    assert with_images(plain, corpus.images, workspace, HOST) == parent and parent.fingerprint == plain.fingerprint
+    parent = with_images(plain, by_digest(corpus.images), workspace, HOST)
+    assert (
+        with_images(plain, by_digest(corpus.images), workspace, HOST) == parent
+        and parent.fingerprint == plain.fingerprint
+    )
     made = prepare_corpus(corpus, workspace / parent.folder, parent.fingerprint, workspace)
     return Seen(source, workspace, parent, made, path)
 
@@ -288,7 +333,7 @@ def test_chats_without_an_image_are_written_in_parts_too(tmp_path: Path) -> None
     words = TextSource(kind="jsonl", path=str(tmp_path / "chats.jsonl"), text_field="messages", weight=1)
     images = ImageQuestionsSource(kind="image_questions", path=str(path), weight=1)
     corpus = asked(path, sources=(words, images))
-    parent = with_images(prepared_llava(source, workspace), corpus.images, workspace, HOST)
+    parent = with_images(prepared_llava(source, workspace), by_digest(corpus.images), workspace, HOST)
     made = prepare_corpus(corpus, workspace / parent.folder, parent.fingerprint, workspace)
     tokenizer: Any = AutoTokenizer.from_pretrained(workspace / parent.folder)
     rows = read_tensors(workspace, made.tokens, ["train"])["train"].long()
@@ -392,7 +437,7 @@ def test_other_images_are_another_corpus_and_the_same_parent(tmp_path: Path) -> 
     for number, path in enumerate(here.path.parent.glob("*.png")):
         Image.new("RGB", (20, 24), (1, 2, number)).save(path)
     corpus = asked(here.path)
-    again = with_images(prepared_llava(here.source, here.workspace), corpus.images, here.workspace, HOST)
+    again = with_images(prepared_llava(here.source, here.workspace), by_digest(corpus.images), here.workspace, HOST)
     assert again.folder != here.parent.folder and again.fingerprint == here.parent.fingerprint
     made = prepare_corpus(corpus, here.workspace / again.folder, again.fingerprint, here.workspace)
     assert made.fingerprint != here.corpus.fingerprint
@@ -408,7 +453,7 @@ def test_other_images_are_another_corpus_and_the_same_parent(tmp_path: Path) -> 
 def test_questions_that_cannot_be_asked_are_refused(tmp_path: Path) -> None:
     source, work, path = tiny_llava(tmp_path / "source"), tmp_path / "work", coloured(tmp_path / "images")
     plain = prepared_llava(source, work)
-    parent = with_images(plain, asked(path).images, work, HOST)
+    parent = with_images(plain, by_digest(asked(path).images), work, HOST)
 
     def refused(match: str, **changes: Any) -> None:
         with pytest.raises(CorpusError, match=match):
@@ -434,10 +479,10 @@ def test_questions_that_cannot_be_asked_are_refused(tmp_path: Path) -> None:
     ):
         (path.parent / "0.png").write_bytes(content)
         with pytest.raises(CorpusError, match=told):
-            with_images(plain, asked(path).images, work, HOST)
+            with_images(plain, by_digest(asked(path).images), work, HOST)
     blind = prepare_parent(FolderParent(path=str(tiny_parent(tmp_path / "blind"))), work, None)
     with pytest.raises(ParentError, match="has no vision tower: take a parent of model_type llava"):
-        with_images(blind, asked(path).images, work, HOST)
+        with_images(blind, by_digest(asked(path).images), work, HOST)
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -473,6 +518,77 @@ def test_lines_that_cannot_be_asked_are_counted(tmp_path: Path) -> None:
         messages_of(chat)
 
 
+def test_questions_are_read_once_as_long_as_their_file_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the table of images, the key of the corpus, its documents, and beside other sources."""
+    opened, plainly = list[str](), Path.open
+
+    def counted(path: Path, *arguments: Any, **options: Any) -> Any:
+        opened.append(path.name)
+        return plainly(path, *arguments, **options)
+
+    source, workspace = tiny_llava(tmp_path / "source"), tmp_path / "work"
+    path, more = coloured(tmp_path / "images", 24), coloured(tmp_path / "more", 4, ("is it small?",))
+    more = more.rename(more.with_name("more.jsonl"))
+    for number in range(4):
+        Image.new("RGB", (9, 9), (number, 9, 7)).save(more.parent / f"{number}.png")
+    sources = tuple(ImageQuestionsSource(kind="image_questions", path=str(one)) for one in (path, more))
+    corpus, plain = asked(path, sources=sources, train_sequences=2), prepared_llava(source, workspace)
+
+    def made() -> CorpusInfo:
+        opened.clear()
+        parent = with_images(plain, by_digest(corpus.images), workspace, HOST)
+        return prepare_corpus(corpus, workspace / parent.folder, parent.fingerprint, workspace)
+
+    monkeypatch.setattr(Path, "open", counted)
+    first = made()
+    assert opened.count(path.name) == opened.count(more.name) == 1
+    assert made() == first and not {path.name, more.name} & set(opened)
+    with more.open("a") as file:
+        file.write(json.dumps({"image": "0.png", "question": "is it new?", "answer": "yes"}) + "\n")
+    second = made()
+    assert second.fingerprint != first.fingerprint and opened.count(more.name) == 1 and path.name not in opened
+    (path.parent / "23.png").unlink()  # of which its file, as it was, says nothing
+    third = made()
+    assert third.fingerprint != second.fingerprint and "2 of 48 lines" in third.description
+    assert not {path.name, more.name} & set(opened)
+
+
+def test_of_more_images_the_new_ones_alone_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others are taken from tables that are whole and of the same parent, whatever else the profile asks about."""
+    path, workspace, looked = coloured(tmp_path / "images", 12), tmp_path / "work", list[str]()
+    plain, opened = prepared_llava(tiny_llava(tmp_path / "source"), workspace), vision._opened
+
+    def watched(digest: str, path: Path) -> Any:
+        looked.append(path.name)
+        return opened(digest, path)
+
+    def table(parent: ParentInfo, numbers: Sequence[int], workspace: Path = workspace) -> dict[str, torch.Tensor]:
+        """Features of some images by their digests, and in `looked` what the tower saw for them."""
+        looked.clear()
+        images = {d: p for d, p in by_digest(asked(path).images).items() if int(p.stem) in numbers}
+        folder = workspace / with_images(parent, images, workspace, HOST).folder
+        features, places = load_file(folder / "images.safetensors")["features"], image_ids(folder, 0)
+        assert list(places) == list(images) and len(features) == TOKENS * len(images)
+        return {digest: features[place.start : place.stop] for digest, place in places.items()}
+
+    monkeypatch.setattr(vision, "_opened", watched)
+    first, second = table(plain, range(6)), table(plain, range(5, 9))
+    assert sorted(looked) == ["6.png", "7.png", "8.png"]
+    third = table(plain, range(12))
+    assert sorted(looked) == ["10.png", "11.png", "9.png"]
+    assert all(torch.equal(one, third[digest]) for digest, one in (first | second).items())
+    alone = table(prepared_llava(tmp_path / "source", tmp_path / "other"), range(12), tmp_path / "other")
+    assert len(looked) == 12
+    torch.testing.assert_close(third, alone, rtol=1e-4, atol=1e-4)  # of other batches
+    assert not table(plain, range(3, 11)).keys() - third.keys() and not looked, "and no tower was made"
+    edit(tmp_path / "source", vision_feature_layer=-1)
+    assert len(table(prepared_llava(tmp_path / "source", workspace), range(2))) == len(looked) == 2
+    for damaged in workspace.glob("parent/*/images.safetensors"):
+        damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
+    table(plain, range(1, 4))
+    assert sorted(looked) == ["1.png", "2.png", "3.png"]
+
+
 def test_a_photo_is_seen_upright(tmp_path: Path) -> None:
     """Its file may say that it lies on its side."""
     upright = Image.new("RGB", (16, 16))
@@ -485,7 +601,7 @@ def test_a_photo_is_seen_upright(tmp_path: Path) -> None:
     lines = [{"image": f"{name}.png", "question": "?", "answer": "a"} for name in ("lying", "upright", "plain")]
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     parent, work = prepared_llava(tiny_llava(tmp_path / "source"), tmp_path / "work"), tmp_path / "work"
-    folder = work / with_images(parent, asked(tmp_path / "questions.jsonl").images, work, HOST).folder
+    folder = work / with_images(parent, by_digest(asked(tmp_path / "questions.jsonl").images), work, HOST).folder
     ids, features = image_ids(folder, 0), load_file(folder / "images.safetensors")["features"]
     own = {name: features[list(ids[sha256_of(tmp_path / f"{name}.png")])] for name in ("lying", "upright", "plain")}
     assert torch.equal(own["lying"], own["upright"]) and not torch.equal(own["lying"], own["plain"])
@@ -679,7 +795,7 @@ def test_a_champion_reads_images_by_the_table_of_now(tmp_path: Path) -> None:
     for number, path in enumerate(others.parent.glob("*.png")):
         Image.new("RGB", (9, 9), (number, 0, 0)).save(path)
     plain, sources = prepared_llava(here.source, here.workspace), (*asked(here.path).images, *asked(others).images)
-    both = with_images(plain, sources, here.workspace, HOST)
+    both = with_images(plain, by_digest(sources), here.workspace, HOST)
     corpus = prepare_corpus(asked(here.path), here.workspace / both.folder, both.fingerprint, here.workspace)
     now = Lineage(parent=both, corpus=corpus, child=child)
     assert reading(before, now) == both and reading(before, before) == here.parent
@@ -808,6 +924,69 @@ def test_another_model_is_not_compared_about_images(tmp_path: Path) -> None:
         other_model(tmp_path, meter)
 
 
+def test_a_plan_has_what_the_tower_takes(tmp_path: Path) -> None:
+    """FLOPs as torch counts them, the table byte for byte; and the rest of the plan where the images are elsewhere."""
+    here = seen(tmp_path)
+    folder, space = here.workspace / here.parent.folder, {"attention": ["kv1"], "ffn": ["no_op"]}
+    wanted = profile_of(here, search_space=space)
+    blind = profile_of(here, search_space=space, corpus={"sources": [{"kind": "python_stdlib"}]})
+    rates = machine_rates(wanted, "h100")
+    assert rates is not None
+    plan, words = (plan_of(one, config_parent(one.parent), rates) for one in (wanted, blind))
+    row, tower = next(stage for stage in plan.stages if stage.name == "images"), vision._tower(folder)
+    tower.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        tower.get_image_features(pixel_values=torch.zeros(1, 3, 16, 16))
+    assert row.tasks == 1 and row.seconds and row.flops == 48 * counter.get_total_flops() > 0
+    features = load_file(folder / "images.safetensors")["features"]
+    assert plan.disk_bytes - words.disk_bytes == features.nbytes
+    weights = sum(4 * tensor.numel() for tensor in vision_tensors(folder).values())
+    assert row.device_bytes and 0.8 * weights < row.device_bytes < 3 * weights
+    assert "images" not in [stage.name for stage in words.stages] and not plan.unknown
+    here.path.unlink()
+    elsewhere = plan_of(wanted, config_parent(wanted.parent), rates)
+    row = next(stage for stage in elsewhere.stages if stage.name == "images")
+    assert row.seconds is None and row.flops is None and elsewhere.unknown == "the images are not here to be counted"
+    assert 0 < elsewhere.seconds < plan.seconds and elsewhere.disk_bytes == words.disk_bytes
+
+
+def test_too_few_images_are_refused_before_any_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a run itself, of any size, those of a capability too, of which the corpus has some. Texts are packed first, by
+    ids that a table gets later.
+    """
+    here: Any = SimpleNamespace(source=tiny_llava(tmp_path / "source"), path=coloured(tmp_path / "images", 48))
+    fields: dict[str, Any] = {"sequence_length": 128, "validation_sequences": 1, "test_sequences": 1}
+    fields |= {"prompt_weight": 0, "sources": [{"kind": "image_questions", "path": str(here.path)}]}
+    rest: dict[str, Any] = {"gkd": {"steps": 0, "validation_sequences": 1}, "evaluate": {"sequences": 1}}
+    rest |= {"record": {"statistics_sequences": 4, "hidden_sequences": 4, "validation_sequences": 1}}
+    rest |= {"scoring": {"sequences": 1}, "search_space": {"attention": ["kv1"], "ffn": ["no_op"]}}
+
+    def run(corpus: int, capability: int) -> Any:
+        both = {
+            "corpus": fields | {"train_sequences": corpus},
+            "capabilities": {"images": fields | {"train_sequences": capability}},
+        }
+        call = lambda task, makes, *values, **_: task.fn(*values)  # noqa: E731
+        profile, stage = profile_of(here, **both, **rest), lambda name: nullcontext(no_progress)
+        return SimpleNamespace(profile=profile, workspace=tmp_path / "work", stage=stage, call=call)
+
+    with monkeypatch.context() as blind:
+        blind.setattr(vision, "_tower", lambda _: pytest.fail("the tower has begun"))
+        for sizes, told in (((60, 2), "train needs 60 "), ((40, 2), "train needs 2 .* 42 are in the corpus or")):
+            with pytest.raises(CorpusError, match=f"the corpus is too small: {told}"):
+                stages.prepare(run(*sizes))
+    parent, corpus, (capability,) = stages.prepare(run(4, 2))
+    folder, wanted = tmp_path / "work" / parent.folder, run(4, 2).profile
+    own = prepare_corpus(wanted.corpus, folder, parent.fingerprint, tmp_path / "work")
+    others = (wanted.own_capabilities["images"].corpus, folder, parent.fingerprint, tmp_path / "work", (corpus,))
+    assert (folder / "images.safetensors").is_file() and own == corpus
+    assert prepare_corpus(*others).fingerprint == capability.fingerprint
+    images, plain = by_digest(wanted.images), prepared_llava(here.source, tmp_path / "other")
+    Image.new("RGB", (9, 9)).save(here.path.with_name("7.png"))
+    with pytest.raises(CorpusError, match="7.png has changed while texts about it were read: run again"):
+        with_images(plain, images, tmp_path / "other", HOST)
+
+
 def test_too_few_images_are_refused_before_a_run(tmp_path: Path) -> None:
     """By a try with as many tokens of each image as its tower will give."""
     for tower, strategy in (("clip", "default"), ("clip", "full"), ("siglip", "full")):
@@ -816,10 +995,11 @@ def test_too_few_images_are_refused_before_a_run(tmp_path: Path) -> None:
         )
         path, workspace = coloured(tmp_path / "images", 24), tmp_path / "work"
         here: Any = SimpleNamespace(source=source, path=path, workspace=workspace)
-        parent = with_images(prepared_llava(source, here.workspace), asked(here.path).images, here.workspace, HOST)
+        images = by_digest(asked(path).images)
+        parent = with_images(prepared_llava(source, here.workspace), images, here.workspace, HOST)
         folder = here.workspace / parent.folder
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        there, foreseen = (image_ids_of(folder, tokenizer, sources) for sources in ((), asked(here.path).images))
+        there, foreseen = (image_ids_of(folder, tokenizer, sources) for sources in ((), images))
         assert there == foreseen and there is not None and len(there.ids) == 24
         fields: dict[str, Any] = {"sequence_length": 128, "validation_sequences": 1, "test_sequences": 1}
         fields |= {"prompt_weight": 0}

@@ -33,9 +33,9 @@ from blocks.export_code.families_decilm import FAMILIES
 from blocks.export_code.modeling_decilm import MOE, DeciLMForCausalLM, family_class, has_own_layer
 from blocks.export_code.vllm_plugin.puzzle_vllm import ARCHITECTURE
 from blocks.families import beyond_llama
+from blocks.images import VISION
 from blocks.records import CorpusInfo, ParentInfo
 from tasks.inputs.companions import copy_companions
-from tasks.inputs.image_questions import VISION
 
 if TYPE_CHECKING:
     from tasks.export.compressed import Compressed

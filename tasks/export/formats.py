@@ -17,6 +17,7 @@ from torch import Tensor
 
 from blocks.engine_limits import EngineLimit, gaps, lost
 from blocks.errors import PuzzleError, did_you_mean
+from blocks.images import VISION
 from blocks.parent import config_of
 from blocks.resources import precision_name
 from profiles.schema import PRECISION_ALIASES
@@ -33,7 +34,6 @@ from tasks.gguf.reader import read_gguf
 from tasks.gguf.tokenizer_writer import NO_TOKENIZER, copied_tokenizer
 from tasks.gguf.writer import CORRECTED, PRECISIONS, Stored, UnknownPrecision, write_gguf
 from tasks.inputs.children import in_precision, open_child, origin_of
-from tasks.inputs.image_questions import VISION
 from tasks.inputs.precision import FOLDER_PRECISIONS
 from tasks.inputs.vision import sees
 

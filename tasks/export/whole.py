@@ -19,7 +19,7 @@ from blocks.export_code import CODE_FILES, VISION_AUTO_MAP, VISION_CODE
 from blocks.export_code.configuration_decilm import DeciLMConfig
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.export_code.vision_decilm import DeciLMLlavaConfig, DeciLMLlavaForConditionalGeneration
-from blocks.images import seeing
+from blocks.images import VISION, seeing
 from tasks.export.folder import (
     ExportError,
     add_to_config,
@@ -28,7 +28,6 @@ from tasks.export.folder import (
     verify_logits,
     write_folder,
 )
-from tasks.inputs.image_questions import VISION
 from tasks.inputs.vision import TEXT, tensors_in, vision_tensors
 
 TOKENS = 8  # that are generated about an image to check a folder

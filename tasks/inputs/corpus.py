@@ -32,7 +32,6 @@ from safetensors import SafetensorError
 
 from blocks.errors import CorpusError, TooLittleText, first_line
 from blocks.files import sha256_of
-from blocks.images import image_ids
 from blocks.library import digest_of, keep, read_rows, read_tensors, remember, write_tensors
 from blocks.records import CorpusInfo
 from profiles.schema import Corpus, HubSource, ImagesSource, TextSource
@@ -51,7 +50,7 @@ from tasks.inputs.chats import (
 from tasks.inputs.companions import TOKENIZER_FILES
 from tasks.inputs.corpus_sources import check_sources, content_of, iterate_batches, name_of, pinned, source_of_file
 from tasks.inputs.image_questions import VERSION as IMAGES_VERSION
-from tasks.inputs.image_questions import ImageIds, check_words, image_ids_of, plain
+from tasks.inputs.image_questions import ImageIds, by_digest, check_words, image_ids_of, places_of, plain
 from tasks.inputs.near_duplicates import NONE, KnownRuns, NearDuplicates
 from tasks.inputs.text_files import Document
 from tasks.inputs.vision import VERSION as SEEN_VERSION
@@ -79,12 +78,15 @@ def prepare_corpus(
     parent_fingerprint: str,
     workspace: Path,
     others: Sequence[CorpusInfo] = (),
+    foreseen: Iterable[str] = (),
 ) -> CorpusInfo:
     """Tokenise and pack a corpus to `corpus/<fingerprint>.safetensors`: int32 `train`, `validation`, `test` (S, T), and
     beside each of them, as `train_starts` and so on, where each of its documents begins.
 
     others: corpora whose text is left out of all splits of this one, by runs of tokens that occur in them: what is
-    judged on this one's test split was not seen in theirs.
+    judged on this one's test split was not seen in theirs. foreseen: all images that the parent is to see, by their
+    digests, where it has no table of them yet (tasks/inputs/image_questions.py): what they are packed into does not
+    depend on what is seen.
 
     With `prompt_weight` there are weights as well (`weights_of`). The fingerprint covers the content of the sources,
     the settings and the tokenizer; what is there is used again.
@@ -92,12 +94,13 @@ def prepare_corpus(
     """
     check_sources(corpus)
     at_commits = corpus.model_copy(update={"sources": tuple(pinned(source) for source in corpus.sources)})
-    fingerprint = _fingerprint(at_commits, tokenizer_folder, parent_fingerprint, others)
+    foreseen = tuple(foreseen)
+    fingerprint = _fingerprint(at_commits, tokenizer_folder, parent_fingerprint, others, foreseen)
     manifest = workspace / "corpus" / f"{fingerprint}.json"
     known = remember(manifest, CorpusInfo, lambda info: [info.tokens], workspace)
     if known is not None:
         return known
-    tokenizer = load_tokenizer(tokenizer_folder, weighs=corpus.prompt_weight is not None)
+    tokenizer = load_tokenizer(tokenizer_folder, corpus.prompt_weight is not None, foreseen)
     notes: list[str] = []
     queues = queues_of(at_commits, tokenizer.chat, notes)
     near = NearDuplicates(corpus.near_duplicates)
@@ -140,7 +143,7 @@ def _elsewhere(corpus: Corpus, others: Sequence[CorpusInfo], workspace: Path) ->
         for rows in read_tensors(workspace, other.tokens, ["train", "validation", "test"]).values()
     ]
     pairs = zip(np.repeat([other.first_image for other in others], 3), tokens, strict=True)
-    images = {one for first, ids in pairs if first for one in np.unique(ids[ids >= first]).tolist()}
+    images = np.unique(np.concatenate([np.zeros(0, np.int32), *(ids[ids >= first] for first, ids in pairs if first)]))
     return KnownRuns(tokens, least, min((other.sequence_length for other in others), default=sys.maxsize), images)
 
 
@@ -153,7 +156,7 @@ def check_enough(corpus: Corpus, tokenizer_folder: Path | None) -> str:
     splits = splits_of(corpus)
     needed = sum(splits.values()) * corpus.sequence_length
     if tokenizer_folder is not None and needed <= TRIED_TOKENS:
-        tokenizer = load_tokenizer(tokenizer_folder, corpus.prompt_weight is not None, corpus.images)
+        tokenizer = load_tokenizer(tokenizer_folder, corpus.prompt_weight is not None, by_digest(corpus.images))
         if corpus.images and tokenizer.images is None:  # which is refused elsewhere
             return ""
         queues = queues_of(corpus, tokenizer.chat)
@@ -490,8 +493,8 @@ def spans_of(text: str) -> list[tuple[int, int]]:
     return [*spans, (start, len(text))]
 
 
-def load_tokenizer(folder: Path, weighs: bool = False, foreseen: Sequence[ImagesSource] = ()) -> DocumentTokenizer:
-    """The parent's tokenizer; `weighs`: it marks what the assistant does not say. foreseen: see `image_ids_of`. Raises
+def load_tokenizer(folder: Path, weighs: bool = False, foreseen: Iterable[str] = ()) -> DocumentTokenizer:
+    """The parent's tokenizer; `weighs`: it marks what the assistant does not say. foreseen: see `places_of`. Raises
     CorpusError.
     """
     from transformers import AutoTokenizer
@@ -719,7 +722,11 @@ def _too_small(split: str, sequences: int, length: int, there: int, queues: Sequ
 
 
 def _fingerprint(
-    corpus: Corpus, tokenizer_folder: Path, parent_fingerprint: str, others: Sequence[CorpusInfo] = ()
+    corpus: Corpus,
+    tokenizer_folder: Path,
+    parent_fingerprint: str,
+    others: Sequence[CorpusInfo] = (),
+    foreseen: Iterable[str] = (),
 ) -> str:
     """A digest of content, settings and tokenizer. Paths of this machine are not part of it."""
     chats = any(isinstance(source, TextSource | HubSource | ImagesSource) for source in corpus.sources)
@@ -736,7 +743,7 @@ def _fingerprint(
     ]
     beside: dict[str, Any] = {"others": [other.fingerprint for other in others]} if others else {}
     if corpus.images:  # ids depend on which images there are
-        places = {digest: ids.start for digest, ids in image_ids(tokenizer_folder, 0).items()}
+        places = {digest: ids.start for digest, ids in places_of(tokenizer_folder, 0, foreseen).items()}
         beside |= {"images": places, "seen": SEEN_VERSION, "asked": IMAGES_VERSION}  # not bits, which devices differ in
     return digest_of(
         version=VERSION, settings=settings, sources=sources, tokenizer=tokenizer, parent=parent_fingerprint, **beside

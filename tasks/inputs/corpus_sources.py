@@ -56,7 +56,8 @@ HUB_PATIENCE = 100  # rows over the network
 def check_sources(corpus: Corpus) -> None:
     """Raise CorpusError for sources that do not exist, cannot be read, or begin without usable text.
 
-    This takes a fraction of a second: files are read up to their first text, and the hub is not asked.
+    This takes a fraction of a second: files are read up to their first text, and the hub is not asked. Questions about
+    images are read whole, once for all who ask for them after.
     """
     for given in corpus.sources:
         source = given.prompts if isinstance(given, ParentAnswersSource) else given

@@ -7,10 +7,10 @@ has a chat template, the document is the chat that the template writes; else eac
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,20 @@ from numpy.typing import NDArray
 
 from blocks.errors import CorpusError
 from blocks.files import sha256_of
-from blocks.images import image_ids
+from blocks.images import image_ids, vision_of
 from profiles.schema import EasyVqaSource, ImageQuestionsSource, ImagesSource
 from tasks.inputs.chats import IMAGE, Chat, Conversation, Message, Span, Unusable, normalise
 from tasks.inputs.installed_packages import folders_of
 from tasks.inputs.questions import marked
 from tasks.inputs.text_files import Document, Tally
 
-VISION = "vision"  # the folder of what a prepared parent sees with
 VERSION = 1  # raise it when the same images and questions would give other tokens
+LONGEST_PATH = 4096  # characters
 FIELDS = ("image", "question", "answer")
 INSTALL = "pip install --no-deps easy-vqa==1.0"
 Asked = tuple[Path, str, str]
+Row = tuple[str, str, str]  # an image by its name, question, answer
+State = tuple[int, int]  # of a file, when it was changed and its size: what was read of it holds as long as this does
 Tokenize = Callable[[str, Sequence[Span]], list[int]]
 
 
@@ -92,14 +94,18 @@ def _messages(digest: str, asked: Sequence[tuple[str, str]]) -> list[Message]:
     return found
 
 
+def _state(path: Path) -> State:
+    now = path.stat()
+    return now.st_mtime_ns, now.st_size
+
+
 def digest_of_image(path: Path) -> str:
     """sha256 of an image's file, which is read once as long as it does not change."""
-    now = path.stat()
-    return _digest(path, now.st_mtime_ns, now.st_size)
+    return _digest(path, _state(path))
 
 
 @lru_cache(maxsize=1 << 20)
-def _digest(path: Path, changed: int, size: int) -> str:
+def _digest(path: Path, state: State) -> str:
     return sha256_of(path)
 
 
@@ -108,22 +114,34 @@ def images_of(source: ImagesSource) -> list[Path]:
     return list(dict.fromkeys(image for image, _, _ in questions(source, [])))
 
 
+def by_digest(sources: Iterable[ImagesSource]) -> dict[str, Path]:
+    """A file of each image that is asked about, by the sha256 of its content, in the order in which they are numbered.
+
+    Raises CorpusError.
+    """
+    found = {digest_of_image(path): path for source in sources for path in images_of(source)}
+    return dict(sorted(found.items()))
+
+
 def questions(source: ImagesSource, tallies: list[Tally]) -> Iterator[Asked]:
-    """Image, question and answer. A line that cannot be used is counted. Raises CorpusError."""
+    """Image, question and answer. A line that cannot be used is counted. Raises CorpusError.
+
+    A file is read once as long as it does not change; whether its images are there is looked up each time.
+    """
     if isinstance(source, EasyVqaSource):
         yield from _easy_vqa(source)
         return
     path, tally = file_of(source), Tally(source.path, "line")
     tallies.append(tally)
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            tally.read += 1
-            try:
-                yield _asked(line, path.parent)
-            except Unusable as reason:
-                tally.skip(number, str(reason))
+    there = lru_cache(maxsize=None)(partial(_there, path.parent))
+    for number, row in _lines(path, source.path, _state(path)):
+        tally.read += 1
+        if isinstance(row, str):
+            tally.skip(number, row)
+        elif (image := there(row[0])) is None:
+            tally.skip(number, _not_there(row[0]))
+        else:
+            yield image, row[1], row[2]
     tally.judge()
 
 
@@ -138,25 +156,45 @@ def file_of(source: ImageQuestionsSource) -> Path:
     return path
 
 
-def _asked(line: str, folder: Path) -> Asked:
+@lru_cache(maxsize=8)  # as many sources as a profile may well have: all are read beside each other
+def _lines(path: Path, name: str, state: State) -> tuple[tuple[int, Row | str], ...]:
+    """The lines of a file that are not empty, by their numbers: what they ask, or why they are of no use.
+
+    name: by which the profile has it. Raises CorpusError where so many are of no use that reading on makes no sense.
+    """
+    found, tally = list[tuple[int, Row | str]](), Tally(name, "line")
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                tally.read += 1
+                found.append((number, row := _row(line)))
+                if isinstance(row, str):
+                    tally.skip(number, row)
+    return tuple(found)
+
+
+def _row(line: str) -> Row | str:
     try:
         row = json.loads(line)
     except ValueError:
-        raise Unusable("is not valid JSON") from None
+        return "is not valid JSON"
     there = [row.get(field) for field in FIELDS] if isinstance(row, Mapping) else []
     found = [value for value in there if isinstance(value, str) and value.strip()]
     if len(found) < len(FIELDS):
-        raise Unusable(f"lacks one of {', '.join(FIELDS)}, each a text")
+        return f"lacks one of {', '.join(FIELDS)}, each a text"
     name, question, answer = found
-    image = _there(name, folder)
-    if image is None:
-        raise Unusable(f"names an image that is not there ({name[:80]}); name a file, by its path")
+    if len(name) > LONGEST_PATH:  # images themselves, perhaps, which are not to be kept here
+        return _not_there(name)
     if IMAGE.search(question) or IMAGE.search(answer):
-        raise Unusable("holds what stands for an image")
-    return image, question, answer
+        return "holds what stands for an image"
+    return name, question, answer
 
 
-def _there(name: str, folder: Path) -> Path | None:
+def _not_there(name: str) -> str:
+    return f"names an image that is not there ({name[:80]}); name a file, by its path"
+
+
+def _there(folder: Path, name: str) -> Path | None:
     """The file of an image, None where it is none: the image itself (data:...) may stand there, or any text."""
     with suppress(OSError, RuntimeError, ValueError):  # too long a name, no such user's home, a zero byte
         path = folder / Path(name).expanduser()
@@ -169,8 +207,16 @@ def _easy_vqa(source: EasyVqaSource) -> Iterator[Asked]:
     if folder is None:
         raise CorpusError(f"easy_vqa is read from the package {source.package}, which is not installed: {INSTALL}")
     for split in ("train", "test"):
-        for question, answer, number in json.loads((folder / split / "questions.json").read_text(encoding="utf-8")):
+        path = folder / split / "questions.json"
+        for question, answer, number in _drawn(path, _state(path)):
             yield folder / split / "images" / f"{number}.png", question, answer
+
+
+@lru_cache(maxsize=2)
+def _drawn(path: Path, state: State) -> list[tuple[str, str, int]]:
+    """Questions, answers and numbers of images."""
+    found: list[tuple[str, str, int]] = json.loads(path.read_text(encoding="utf-8"))
+    return found
 
 
 def content_of(source: ImagesSource) -> list[str]:
@@ -259,33 +305,38 @@ def check_words(ids: Sequence[int] | NDArray[np.int32], known: int) -> None:
         )
 
 
-def tokens_of_an_image(values: Mapping[str, Any]) -> int:
-    """How many features an image has, by a LLaVA's config.json."""
+def tower_of(values: Mapping[str, Any]) -> tuple[Any, int]:
+    """The config of a LLaVA's tower, by the LLaVA's config.json, and how many states it has of an image."""
     from transformers import CONFIG_MAPPING
 
     vision: Any = CONFIG_MAPPING[values["vision_config"]["model_type"]](**values["vision_config"])
-    patches = int(vision.image_size // vision.patch_size) ** 2  # CLIP's have one more before them
-    dropped = values.get("vision_feature_select_strategy", "default") == "default"
-    return patches + (vision.model_type == "clip_vision_model") - dropped
+    patches = int(vision.image_size // vision.patch_size) ** 2
+    return vision, patches + (vision.model_type == "clip_vision_model")  # CLIP's have one more before the patches
 
 
-def image_ids_of(folder: Path, tokenizer: Any, foreseen: Sequence[ImagesSource] = ()) -> ImageIds | None:
-    """The ids of the images in a parent's table; None for a parent without a vision tower.
+def tokens_of_an_image(values: Mapping[str, Any]) -> int:
+    """How many features an image has, by a LLaVA's config.json."""
+    return tower_of(values)[1] - (values.get("vision_feature_select_strategy", "default") == "default")
 
-    foreseen: there is no table yet, and ids are wanted as they will be for the images of these sources.
+
+def places_of(folder: Path, first: int, foreseen: Iterable[str] = ()) -> dict[str, range]:
+    """The ids that stand for each image of a parent's table, the least of them `first`, by the sha256 of its file.
+
+    foreseen: there is no table yet, and ids are wanted as they will be for these images, in the order of `by_digest`.
     """
-    config = folder / VISION / "config.json"
-    if not config.is_file():
+    digests = list(foreseen)
+    if not digests:
+        return image_ids(folder, first)
+    each = tokens_of_an_image(vision_of(folder) or {})
+    return {digest: range(at, at + each) for digest, at in zip(digests, itertools.count(first, each), strict=False)}
+
+
+def image_ids_of(folder: Path, tokenizer: Any, foreseen: Iterable[str] = ()) -> ImageIds | None:
+    """The ids of the images that a parent sees; None for a parent without a vision tower. foreseen: see `places_of`."""
+    values = vision_of(folder)
+    if values is None:
         return None
-    values, text = (json.loads(path.read_text(encoding="utf-8")) for path in (config, folder / "config.json"))
+    first = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     token = values.get("image_token_index", values.get("image_token_id", 32000))  # transformers' default
-    ids = image_ids(folder, text["vocab_size"])
-    if foreseen:
-        each, digests = (
-            tokens_of_an_image(values),
-            {digest_of_image(image) for one in foreseen for image in images_of(one)},
-        )
-        starts = itertools.count(text["vocab_size"], each)
-        ids = {digest: range(at, at + each) for digest, at in zip(sorted(digests), starts, strict=False)}
     name = str(tokenizer.convert_ids_to_tokens(token))
-    return ImageIds(first=text["vocab_size"], token=name, token_id=token, ids=ids)
+    return ImageIds(first=first, token=name, token_id=token, ids=places_of(folder, first, foreseen))

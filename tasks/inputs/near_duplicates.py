@@ -6,7 +6,7 @@ through Python, which is far slower than reading the text; here numpy hashes who
 """
 
 import sys
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,12 +54,12 @@ class KnownRuns:
         tokens: Sequence[NDArray[np.int32]],
         least: float,
         middle: int = sys.maxsize,
-        images: Collection[int] = (),
+        images: NDArray[np.int32] | None = None,
     ) -> None:
         """least: the share of its runs from which on a part counts as known. middle: how many tokens the other corpora
-        took at least of a document that has so many. images: ids of all features in them.
+        took at least of a document that has so many. images: ids of all features in them, ascending.
         """
-        self._images = frozenset(images)
+        self._images = np.zeros(0, np.int32) if images is None else images
         self.least, self._middle = least, max(RUN, middle - 3 * RUN)  # two middles may lie a few tokens apart
         self._runs = np.unique(np.concatenate([np.zeros(0, np.uint64), *map(runs_of, tokens)]))
         self._known: set[Hashable] = set()
@@ -71,7 +71,8 @@ class KnownRuns:
 
     def shows(self, image: int, name: Hashable) -> bool:
         """Whether an image is known, by the id of one of its features. name: of the document, for the count."""
-        known = image in self._images
+        place = int(np.searchsorted(self._images, np.int32(image)))
+        known = place < len(self._images) and int(self._images[place]) == image
         self._known |= {name} if known else set()
         return known
 

@@ -25,6 +25,7 @@ from blocks.errors import ParentError, PuzzleError, first_line
 from blocks.export_code.families_decilm import FAMILIES
 from blocks.families import family_of
 from blocks.files import sha256_of, write_text
+from blocks.images import VISION
 from blocks.library import Fetch, digest_of, is_whole, keep, remember
 from blocks.records import ParentInfo, Ref, Value
 from blocks.resources import precision_name
@@ -33,7 +34,6 @@ from tasks.gguf.header import Header, read_header, stem_of, without_vocabulary
 from tasks.gguf.parent_file import check_model, describe, dtype_of, parts_of
 from tasks.gguf.tokenizer_reader import tokenizer_of
 from tasks.inputs.companions import CARD, HUB_PATTERNS, companions, copy_companions, has_tokenizer, write_terms
-from tasks.inputs.image_questions import VISION
 from tasks.inputs.installed_packages import installed_file
 from tasks.inputs.parent_weights import INDEX, WEIGHTS, Weights, check_finite, place_weights, shards_of, weights_of
 from tasks.inputs.rotated import rotate, rotated_config
@@ -70,12 +70,13 @@ class Manifest(Value):
 
 
 def prepare_parent(
-    source: ParentSource, workspace: Path, corpus_text: Callable[[], Iterable[str]] | None
+    source: ParentSource, workspace: Path, corpus_text: Callable[[], Iterable[str]] | None, must_see: bool = False
 ) -> ParentInfo:
     """Prepare a parent as `workspace/parent/<first 16 digits of its fingerprint>/`; one that is there is used again.
 
-    `corpus_text` gives the documents that a tiny parent is trained on; other kinds do not read it. A hub revision such
-    as `main` is looked up once per workspace, and its commit is recorded. Raises ParentError.
+    `corpus_text` gives the documents that a tiny parent is trained on; other kinds do not read it. must_see: a text
+    asks about images. A hub revision such as `main` is looked up once per workspace, and its commit is recorded. Raises
+    ParentError.
     """
     texts = _texts_for(source, corpus_text)
     manifest = workspace / "parent" / f"{_source_key(source, texts)}.json"
@@ -84,6 +85,8 @@ def prepare_parent(
     known = remember(manifest, Manifest, lambda value: list(value.files), workspace, fetch)
     if known is not None:
         return known.parent
+    if must_see:
+        check_sees(source, download=True)
     manifest.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=manifest.parent, prefix=".making-") as temporary:
         folder = Path(temporary) / "parent"
@@ -126,18 +129,23 @@ def check_source(source: FolderParent | GgufParent) -> None:
         _checked_weights(_source_folder(source), source)
 
 
-def check_sees(source: FolderParent) -> None:
-    """Raise ParentError for a parent that has no vision tower, where a text asks about images."""
-    if not has_tower(source):
+def check_sees(source: ParentSource, download: bool = False) -> None:
+    """Raise ParentError for a parent that is known to have no vision tower, where a text asks about images."""
+    if has_tower(source, download) is False:
         raise ParentError(
-            f"a text asks about images, and {source.path} has no vision tower: take a parent of model_type "
+            f"a text asks about images, and {name_of(source)} has no vision tower: take a parent of model_type "
             f"{' or '.join(CARRIED)}, or leave that text out."
         )
 
 
-def has_tower(source: FolderParent) -> bool:
-    """Whether a folder holds a whole model of text and images. Raises ParentError."""
-    return is_whole_model(_read_json(_source_folder(source) / "config.json"))
+def has_tower(source: ParentSource, download: bool = False) -> bool | None:
+    """Whether a parent is a whole model of text and images, by its config.json; None where that would have to be
+    downloaded, and may not be. Raises ParentError.
+    """
+    if not isinstance(source, FolderParent | HubParent):
+        return False
+    found = _with_config(source, download)
+    return None if found is None else is_whole_model(_read_json(found / "config.json"))
 
 
 def write_config(source: ParentSource, folder: Path, download: bool = True) -> bool:
@@ -151,15 +159,12 @@ def write_config(source: ParentSource, folder: Path, download: bool = True) -> b
         family_config(source, len(byte_tokenizer())).save_pretrained(folder)
     elif isinstance(source, PackageParent | GgufParent):
         _gguf_config(_gguf_file(source)).save_pretrained(folder)
-    elif isinstance(source, HubParent):
-        found = _download(source, config_only=True) if download else _cached(source)
+    else:
+        found = _with_config(source, download)
         if found is None:
             return False
-        _copy_config(found, folder, source.trust_remote_code)
-    else:
-        found = _source_folder(source)
-        settings = weights_of(found).settings if any(found.glob("*.safetensors")) else {}
-        _copy_config(found, folder, source.trust_remote_code, settings)
+        own = isinstance(source, FolderParent) and any(found.glob("*.safetensors"))
+        _copy_config(found, folder, source, weights_of(found).settings if own else {})
     if source.rotate:
         write_text(folder / "config.json", json.dumps(rotated_config(_read_json(folder / "config.json"))))
     return True
@@ -184,6 +189,13 @@ def write_tokenizer(source: ParentSource, folder: Path) -> bool:
     return has_tokenizer(folder)
 
 
+def _with_config(source: FolderParent | HubParent, download: bool) -> Path | None:
+    """A folder that holds the config.json of a parent. Of the hub, nothing else is fetched."""
+    if isinstance(source, HubParent):
+        return _download(source, config_only=True) if download else _cached(source)
+    return _source_folder(source)
+
+
 def _cached(source: HubParent) -> Path | None:
     """The folder in the hub's cache that holds the config of a parent, None where it was never fetched."""
     from huggingface_hub import try_to_load_from_cache
@@ -192,14 +204,14 @@ def _cached(source: HubParent) -> Path | None:
     return Path(known).parent if isinstance(known, str) else None
 
 
-def _copy_config(found: Path, folder: Path, trust_remote_code: bool, settings: Mapping[str, Any] | None = None) -> None:
+def _copy_config(found: Path, folder: Path, asked: FolderParent | HubParent, settings: Mapping[str, Any]) -> None:
     values = _read_json(found / "config.json")
-    check_config(values, trust_remote_code)
+    _check_values(values, asked)
     if is_whole_model(values):
         kept = {key: value for key, value in values.items() if key not in (*_LEFT_OUT, *_PATH_KEYS)}
         write_text(folder / VISION / "config.json", json.dumps(kept, indent=2) + "\n")
         values = text_values(values)
-    values = {key: value for key, value in {**values, **(settings or {})}.items() if key not in _LEFT_OUT}
+    values = {key: value for key, value in {**values, **settings}.items() if key not in _LEFT_OUT}
     write_text(folder / "config.json", json.dumps(values))
 
 
@@ -450,19 +462,14 @@ def _copy_folder(
         place_whole(source, target, weights, place)
     else:
         place_weights(source, target, weights, place)
-    _copy_config(source, target, asked.trust_remote_code, weights.settings)
+    _copy_config(source, target, asked, weights.settings)
     return (*weights.notes, SEES) if whole else weights.notes
 
 
 def _checked_weights(source: Path, asked: FolderParent | HubParent) -> Weights:
     """The weights of a folder, by their headers. Raises ParentError for a folder that cannot be a parent."""
     values, trust_remote_code = _read_json(source / "config.json"), asked.trust_remote_code
-    check_config(values, trust_remote_code)
-    if asked.rotate and is_whole_model(values):
-        raise ParentError(
-            "parent.rotate turns the states between layers, and the projector of this parent, which is kept as it is, "
-            "would not follow: leave rotate out."
-        )
+    _check_values(values, asked)
     if (source / "adapter_config.json").is_file():
         raise ParentError(
             f"{source.name} holds an adapter (adapter_config.json): merge it into the weights (peft's "
@@ -479,6 +486,16 @@ def _checked_weights(source: Path, asked: FolderParent | HubParent) -> Weights:
     if not has_tokenizer(source):
         raise ParentError(f"{source.name} has no tokenizer: add tokenizer.json or tokenizer.model.")
     return weights
+
+
+def _check_values(values: dict[str, Any], asked: FolderParent | HubParent) -> None:
+    """Raise ParentError for a config.json that cannot be the one of this parent."""
+    check_config(values, asked.trust_remote_code)
+    if asked.rotate and is_whole_model(values):
+        raise ParentError(
+            "parent.rotate turns the states between layers, and the projector of this parent, which is kept as it is, "
+            "would not follow: leave rotate out."
+        )
 
 
 def _refuse_pixel_code(source: Path, values: dict[str, Any], trust_remote_code: bool) -> None:
@@ -501,7 +518,9 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _download(source: HubParent, config_only: bool = False) -> Path:
-    """Fetch the files that are needed from the hub. Returns the snapshot's folder, which is named by its commit."""
+    """Fetch the files that are needed from the hub, the config alone first: it tells what cannot be a parent. Returns
+    the snapshot's folder, which is named by its commit.
+    """
     from huggingface_hub import snapshot_download
 
     def fetch(revision: str, names: Iterable[str]) -> Path:
@@ -513,10 +532,10 @@ def _download(source: HubParent, config_only: bool = False) -> Path:
                 "Check id, revision, network and, for a gated model, `hf auth login`."
             ) from error
 
+    snapshot = fetch(source.revision, ["config.json"])
     if config_only:
-        return fetch(source.revision, ["config.json"])
-    snapshot = fetch(source.revision, HUB_FILES)
-    check_config(_read_json(snapshot / "config.json"), source.trust_remote_code)
+        return snapshot
+    _check_values(_read_json(snapshot / "config.json"), source)
     whole = fetch(snapshot.name, [*HUB_FILES, WEIGHTS])
     if (whole / WEIGHTS).is_file() or not (whole / INDEX).is_file():
         return whole

@@ -8,7 +8,8 @@ images are made once (`with_images`), and a child is written back as a whole mod
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -20,14 +21,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from blocks.compute import Compute
-from blocks.errors import CorpusError, ParentError, first_line
+from blocks.errors import CorpusError, DamagedBlock, ParentError, first_line
 from blocks.export_code.families_decilm import FAMILIES
 from blocks.files import sha256_of
-from blocks.images import DIGESTS, FEATURES, TABLE
-from blocks.library import digest_of, keep, remember
+from blocks.images import DIGESTS, FEATURES, TABLE, VISION, features_in, vision_of
+from blocks.library import digest_of, is_whole, keep, read_value, remember
 from blocks.records import ParentInfo, Ref, Value
-from profiles.schema import ImagesSource
-from tasks.inputs.image_questions import VISION, digest_of_image, images_of
+from tasks.inputs.image_questions import digest_of_image
 from tasks.inputs.parent_weights import Weights, check_finite, place_weights, weight_files
 from tasks.running.progress import Progress, no_progress
 
@@ -120,7 +120,7 @@ def _alone(weights: Weights, tensors: Mapping[str, Any]) -> Weights:
 
 def sees(folder: Path) -> bool:
     """Whether a prepared parent has a vision tower."""
-    return (folder / VISION / "config.json").is_file()
+    return vision_of(folder) is not None
 
 
 def vision_tensors(folder: Path) -> dict[str, Tensor]:
@@ -141,60 +141,94 @@ def tensors_in(folder: Path) -> dict[str, Tensor]:
 
 
 class _Seeing(Value):
-    """A parent whose folder has a table of images, and the files of that folder."""
+    """A parent whose folder has a table of images, and the files of that folder. images: of the table, in its order, by
+    their digests. by: what saw them; "" in a record of an older version, which does not say.
+    """
 
     parent: ParentInfo
     files: tuple[Ref, ...]
+    by: str = ""
+    images: tuple[str, ...] = ()
+
+    @property
+    def table(self) -> Ref:
+        """The file of the features."""
+        return next(ref for ref in self.files if ref.path == f"{self.parent.folder}/{TABLE}")
 
 
-def with_images(
-    parent: ParentInfo,
-    sources: Iterable[ImagesSource],
-    workspace: Path,
-    compute: Compute,
-    progress: Progress = no_progress,
-) -> ParentInfo:
-    """The parent with the features of all images of these sources (blocks/images.py), in a folder of its own: all other
-    files in it are links.
-
-    The same images give the same folder, which is used again. Without any source it is the parent as it is. Raises
-    ParentError for a parent without a vision tower, CorpusError for a file that is no image.
-    """
-    sources = tuple(sources)
-    if not sources:
-        return parent
-    folder = workspace / parent.folder
-    if not sees(folder):
+def refuse_blind(parent: ParentInfo, workspace: Path) -> None:
+    """Raise ParentError for a parent without a vision tower, where a text asks about images."""
+    if not sees(workspace / parent.folder):
         raise ParentError(
             f"the text asks about images, and {parent.name} has no vision tower: take a parent of model_type "
             f"{' or '.join(CARRIED)}, or leave the images out."
         )
-    paths = {digest_of_image(path): path for source in sources for path in images_of(source)}
-    ordered = sorted(paths)
-    key = digest_of(parent=parent.fingerprint, images=ordered, version=VERSION)
+
+
+def with_images(
+    parent: ParentInfo,
+    images: Mapping[str, Path],
+    workspace: Path,
+    compute: Compute,
+    progress: Progress = no_progress,
+) -> ParentInfo:
+    """The parent with the features of images (blocks/images.py), in a folder of its own: all other files in it are
+    links. images: their files by digest, as `by_digest` gives them.
+
+    The same images give the same folder, which is used again; of others, those alone are seen that no table of this
+    parent has. Without any it is the parent as it is. Raises ParentError for a parent without a vision tower,
+    CorpusError for a file that is no image, or another one by now.
+    """
+    if not images:
+        return parent
+    refuse_blind(parent, workspace)
+    folder = workspace / parent.folder
+    key = digest_of(parent=parent.fingerprint, images=list(images), version=VERSION)
     manifest = workspace / "parent" / f"images-{key}.json"
     known = remember(manifest, _Seeing, lambda value: list(value.files), workspace, "never")
     if known is not None:
         return known.parent
-    target = f"{parent.folder}-{key[:16]}"
+    target, by = f"{parent.folder}-{key[:16]}", digest_of(parent=parent.fingerprint, version=VERSION)
+    before = _seen_before(by, images.keys(), workspace)
+    unseen = {digest: path for digest, path in images.items() if digest not in before}
     with tempfile.TemporaryDirectory(dir=manifest.parent, prefix=".making-") as temporary:
         made = Path(temporary) / "parent"
         _link_all(folder, made)
-        seen = _features(folder, [paths[digest] for digest in ordered], compute, progress)
-        first = next(seen)
-        features = torch.empty(len(ordered), *first.shape)  # once in memory: an image of LLaVA 1.5 takes 9 MiB
-        for place, one in enumerate(chain([first], seen)):
+        seen = _features(folder, unseen, compute, progress)
+        each = (before[digest] if digest in before else next(seen) for digest in images)
+        first = next(each)
+        features = torch.empty(len(images), *first.shape)  # once in memory: an image of LLaVA 1.5 takes 9 MiB
+        for place, one in enumerate(chain([first], each)):
             features[place] = one
-        digests = torch.tensor([list(bytes.fromhex(digest)) for digest in ordered], dtype=torch.uint8)
+        digests = torch.tensor([list(bytes.fromhex(digest)) for digest in images], dtype=torch.uint8)
         save_file({FEATURES: features.flatten(0, 1), DIGESTS: digests}, made / TABLE)
         (made / TABLE).chmod(0o644)
         shutil.rmtree(workspace / target, ignore_errors=True)
         made.replace(workspace / target)
     files = [path for path in sorted((workspace / target).rglob("*")) if path.is_file()]
     refs = tuple(Ref(path=path.relative_to(workspace).as_posix(), sha256=sha256_of(path)) for path in files)
-    found = _Seeing(parent=parent.model_copy(update={"folder": target}), files=refs)
+    found = _Seeing(parent=parent.model_copy(update={"folder": target}), files=refs, by=by, images=tuple(images))
     keep(manifest, found, refs, workspace, "never")
     return found.parent
+
+
+def _seen_before(by: str, wanted: Set[str], workspace: Path) -> dict[str, Tensor]:
+    """The features (tokens, D) of those images that whole tables have, by digest. Tables are mapped: what is not looked
+    at is not read, and of several the latest is asked first, since it will have most.
+    """
+    found: dict[str, Tensor] = {}
+    records = (workspace / "parent").glob("images-*.json")
+    for path in sorted(records, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        with suppress(DamagedBlock):
+            there = read_value(path, _Seeing)
+            new = wanted & (set(there.images) - found.keys()) if there.by == by else None
+            features = (
+                features_in(workspace / there.parent.folder) if new and is_whole(workspace, there.table) else None
+            )
+            if new and features is not None:
+                rows = features.unflatten(0, (len(there.images), -1))
+                found |= {digest: one for digest, one in zip(there.images, rows, strict=True) if digest in new}
+    return found
 
 
 def _link_all(source: Path, target: Path) -> None:
@@ -209,7 +243,7 @@ def _link_all(source: Path, target: Path) -> None:
 
 
 @torch.no_grad()
-def _features(folder: Path, paths: Sequence[Path], compute: Compute, progress: Progress) -> Iterator[Tensor]:
+def _features(folder: Path, images: Mapping[str, Path], compute: Compute, progress: Progress) -> Iterator[Tensor]:
     """The features (tokens, D) of each image in float32, as the whole model puts them among the words."""
     from transformers import AutoImageProcessor
 
@@ -218,11 +252,12 @@ def _features(folder: Path, paths: Sequence[Path], compute: Compute, progress: P
         pixels: Any = AutoImageProcessor.from_pretrained(folder / VISION, trust_remote_code=False)
     except Exception as error:  # transformers raises nothing more precise
         raise ParentError(f"nothing says how the parent's pixels are prepared: {first_line(error)}") from error
-    for first in range(0, len(paths), BATCH):
-        batch = [_opened(path) for path in paths[first : first + BATCH]]
+    named = list(images.items())
+    for first in range(0, len(named), BATCH):
+        batch = [_opened(*one) for one in named[first : first + BATCH]]
         values = pixels(images=batch, return_tensors="pt")["pixel_values"]
         yield from (one.cpu() for one in model.get_image_features(pixel_values=values.to(compute.device)).pooler_output)
-        progress(min(first + BATCH, len(paths)), len(paths), "images seen")
+        progress(min(first + BATCH, len(named)), len(named), "images seen")
 
 
 def _tower(folder: Path) -> Any:
@@ -241,11 +276,13 @@ def _tower(folder: Path) -> Any:
     return model.eval()
 
 
-def _opened(path: Path) -> Any:
+def _opened(digest: str, path: Path) -> Any:
     """An image as people see it: a photo's orientation stands beside its pixels."""
     from PIL import Image, ImageOps
 
     try:
+        if digest_of_image(path) != digest:
+            raise CorpusError(f"{path.name} has changed while texts about it were read: run again.")
         with Image.open(path, formats=FORMATS) as image:
             size = image.width * image.height
             return ImageOps.exif_transpose(image).convert("RGB") if size <= MOST_PIXELS else _too_large(path, size)

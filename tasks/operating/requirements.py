@@ -24,6 +24,7 @@ from profiles.schema import (
     FolderParent,
     GgufParent,
     Hardware,
+    HubParent,
     ImagesSource,
     PackageParent,
     ParentAnswersSource,
@@ -174,7 +175,7 @@ def _of_images(profile: Profile) -> Iterator[str]:
 
     sees = False
     with suppress(ParentError):  # which is told elsewhere
-        sees = isinstance(profile.parent, FolderParent) and has_tower(profile.parent)
+        sees = bool(has_tower(profile.parent))
     if not sees:
         return
     for name in dict.fromkeys((profile.hardware.engine, *profile.hardware.must_run)):
@@ -282,12 +283,13 @@ def _packages(field: str, *names: str) -> Iterator[str]:
 def _parent(profile: Profile) -> Iterator[str]:
     if isinstance(profile.parent, PackageParent):
         yield from _file("parent", profile.parent.package, profile.parent.file)
-    elif isinstance(profile.parent, FolderParent | GgufParent):
+    elif isinstance(profile.parent, FolderParent | GgufParent | HubParent):
         from tasks.inputs.parent import check_sees, check_source
 
         try:
-            check_source(profile.parent)
-            if profile.images and isinstance(profile.parent, FolderParent):
+            if not isinstance(profile.parent, HubParent):
+                check_source(profile.parent)
+            if profile.images:
                 check_sees(profile.parent)
         except ParentError as error:
             yield f"parent: {error}"

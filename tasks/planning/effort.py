@@ -9,6 +9,7 @@ moment of the distribution is taken (blocks/divergence.py), and element-wise pas
               elimination (blocks/fit.py) in float64, whose inverse is rewritten every round; states stored and hashed
     distill   the layer's own forward once; per variant its closed form (VariantKind.fit_flops), held-out losses, steps
     score     layers after the replaced one and the head, for every variant
+    images    tower and projector once over every image, in float32; the table of their features written
     evaluate  models once over the test sequences, both heads; benchmark items at their mean length
     GKD       the parent's states and moments once; per child steps through layers and head, validation between
 
@@ -42,7 +43,9 @@ from tasks.distill.gkd_settings import is_recorded, texts_of_steps, token_bytes,
 from tasks.distill.record import CHUNK, fits_in_a_shard, slices
 from tasks.inputs.space import layers_of, refused_alone
 from tasks.inputs.tiny import TRAIN_BATCH, TRAIN_TOKENS
+from tasks.inputs.vision import BATCH
 from tasks.planning.machine import BLOCK_NAMES, Rates, with_serial_share
+from tasks.planning.tower import Tower, count_images, tower_counts
 from tasks.search.capabilities import rows_read
 
 FLOAT = 4  # bytes: the search computes and stores in float32
@@ -58,6 +61,7 @@ QUESTION_TOKENS = 12  # said to a question: a known answer of a few, and 8 more 
 LOOPS_BATCH = 40  # prompts together (tasks/evaluate/loops.py)
 TASK_SECONDS = 0.016  # Prefect around one task, on threads (benchmarks/scale.md at commit 712660d, hardly loaded)
 IMPORT_SECONDS = 6.0  # lm-eval and datasets, when the first model is evaluated
+IMAGE_SECONDS = 0.01  # a photo of 640 x 480 read, unpacked and brought to the size that the tower sees, by one thread
 CHECK_SECONDS = 0.5  # a parent's config and tokenizer opened, its family's code imported
 # transformers looks a GGUF file's tensors up by a table of gguf's, made anew for every module: quadratic in depth
 MODULES = 13  # of a layer: itself, attention, FFN, four and three matrices, activation, two norms
@@ -129,11 +133,16 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """The parent as counts: widths, and its layer's cost per token at the corpus's sequence length."""
+    """The parent as counts: widths, and its layer's cost per token at the corpus's sequence length.
+
+    images: that its texts ask about; None where they are not here to be counted. tower: what they are seen by.
+    """
 
     parent: Parent
     profile: Profile
     variants: dict[Subblock, list[Variant]]
+    images: int | None = 0
+    tower: Tower | None = None
 
     @property
     def depth(self) -> int:
@@ -302,7 +311,10 @@ def shape_of(profile: Profile, parent: Parent) -> Shape:
 
     named = {part: parse_labels(part, getattr(profile.search_space, part), parent.config) for part in SUBBLOCKS}
     variants = {part: [own[0], *filter(runs, own[1:])] for part, own in named.items()}
-    return Shape(parent=parent, profile=profile, variants=variants)
+    shape = Shape(parent=parent, profile=profile, variants=variants)
+    if parent.vision is None or not profile.images:
+        return shape
+    return replace(shape, images=count_images(profile), tower=tower_counts(parent.vision, shape.hidden))
 
 
 def counts_of(shape: Shape, layers: Sequence[int]) -> dict[tuple[int, Subblock], int]:
@@ -325,6 +337,26 @@ def parent_work(shape: Shape) -> Work:
         work += (shape.forward(tokens, shape.depth) + shape.head(tokens, moment=True)) * 3
         work += Work(fixed=source.train_steps * operations_of(shape) * 2e-5)  # a tiny model is all overhead
     return work
+
+
+def images_work(shape: Shape) -> Work | None:
+    """Tower and projector once over every image; their table written, and the parent's folder digested with it. None
+    where nobody knows how many images there are.
+    """
+    if shape.tower is None:
+        return Work()
+    if shape.images is None:
+        return None
+    flops = shape.images * shape.tower.flops
+    weights = math.ceil(shape.images / BATCH) * FLOAT * shape.tower.parameters
+    work = Work(product=flops, float32=flops, stream=shape.images * shape.tower.elementwise + weights)
+    work += Work(disk=table_bytes(shape) + model_bytes(shape) + FLOAT * shape.tower.parameters)
+    return work + Work(fixed=CHECK_SECONDS + shape.images * IMAGE_SECONDS)
+
+
+def table_bytes(shape: Shape) -> int:
+    """Bytes of the table of images."""
+    return (shape.images or 0) * shape.tower.table if shape.tower else 0
 
 
 def gguf_work(shape: Shape) -> Work:

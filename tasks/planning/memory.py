@@ -16,8 +16,10 @@ from blocks.resources import BLOCK, weight_bytes
 from blocks.variant import Variant
 from tasks.distill.gkd_settings import cosine_layers
 from tasks.distill.record import CHUNK as ELIMINATED
+from tasks.inputs.vision import BATCH
 from tasks.planning.effort import FLOAT, Shape, gkd_recorded, scored_texts, statistics_bytes
 from tasks.planning.number_types import slowest
+from tasks.planning.tower import Tower
 
 DOUBLE = 8
 EVALUATED = 512  # tokens whose logits exist at a time in evaluation (tasks/evaluate/quality.py)
@@ -50,6 +52,7 @@ def needs_of(shape: Shape, share: float, room: float | None = None) -> list[Need
     """
     profile = shape.profile
     found = [record_need(shape), distill_need(shape), score_need(shape, room)]
+    found += [images_need(shape.tower)] if shape.tower else []
     room = None if profile.devices[0].startswith("cpu") else room  # whole models do not wait elsewhere then
     found.append(evaluate_need(shape, room))
     if profile.search_space.precision and shape.on_cpu:  # else on the host, beside no stage that computes
@@ -58,6 +61,12 @@ def needs_of(shape: Shape, share: float, room: float | None = None) -> list[Need
         found += [teacher_need(shape, room), gkd_need(shape, share)]
         found += [rounded_need(shape, share)] if profile.gkd.rounded_steps else []
     return found
+
+
+def images_need(tower: Tower) -> Need:
+    """Tower and projector, and a batch of images."""
+    held, passing = FLOAT * tower.parameters, BATCH * tower.passing
+    return Need(stage="images", held=held, passing=passing, cure="take a device with more memory")
 
 
 def no_room(needs: list[Need], room: float | None) -> str:

@@ -1,4 +1,5 @@
-"""What a run will take and can give, from the profile and the parent's config alone: no weights, no data, no Prefect.
+"""What a run will take and can give, from the profile and the parent's config alone: no weights, no Prefect, and of
+data only how many images are named.
 
 Work per stage is counted in tasks/planning/effort.py; costs of children come from the roofline, of the hardware target
 or of this machine as it was measured. What the budget allows at best is a MIP of its own: the child that keeps most
@@ -142,7 +143,6 @@ def plan_of(profile: Profile, parent: Parent, rates: Rates, price_per_hour: floa
     needs = needs_of(shape, share, rates.memory)
     stages = stages_of(shape, searched, children[0], share, rates, None if modelled else setting, needs)
     seconds = sum(stage.seconds or 0.0 for stage in stages)
-    unknown = any(stage.seconds is None for stage in stages)
     options = [len(shape.variants[part]) for part in SUBBLOCKS]
     counts, coupled = effort.counts_of(shape, searched), effort.coupled_work(shape, len(searched))[1]
     pairs = [(counts[layer, "attention"] + 1) * (counts[layer, "ffn"] + 1) for layer in searched]
@@ -176,11 +176,19 @@ def plan_of(profile: Profile, parent: Parent, rates: Rates, price_per_hour: floa
         shard_bytes=shard_bytes(shape),
         memory_bytes=memory_bytes(shape, share, needs),
         money=None if price_per_hour is None else seconds / 3600 * price_per_hour,
-        unknown=UNKNOWN[profile.hardware.engine] if unknown else "",
+        unknown=unknown_of(stages, profile.hardware.engine),
         children=tuple(children),
         infeasible=infeasible,
         no_room=no_room(needs, rates.memory),
     )
+
+
+def unknown_of(stages: Sequence[StagePlan], engine: str) -> str:
+    """Why the time of some stages is not known, "" where it is of all."""
+    lacking = {stage.name for stage in stages if stage.seconds is None}
+    reasons = ["the images are not here to be counted"] if "images" in lacking else []
+    reasons += [UNKNOWN[engine]] if lacking - {"images"} else []
+    return "; ".join(reasons)
 
 
 def machine_rates(profile: Profile, on: str | None) -> Rates | None:
@@ -359,6 +367,7 @@ def stages_of(
             packed,
             Work(fixed=packed / effort.CORPUS_TOKENS_PER_SECOND + effort.TASK_SECONDS),
         ),
+        ("images", 1 if shape.tower else 0, 0, effort.images_work(shape)),
         ("record", shape.depth, sequences * length * shape.depth, effort.record_work(shape)),
         ("shards", waves * shape.parts * len(shape.shards) if entering.flops else 0, 0, entering),
         ("distill", jobs, _bld_tokens(shape, len(searched)), effort.distill_work(shape, len(searched))),
@@ -463,7 +472,7 @@ def disk_bytes(shape: Shape, layers: int, share: float) -> int:
     """What the workspace holds at the end."""
     record, profile = shape.profile.record, shape.profile
     kept = profile.trained_sequences + record.validation_sequences if effort.states_are_kept(shape) else 0
-    total = effort.model_bytes(shape)
+    total = effort.model_bytes(shape) + effort.table_bytes(shape)
     total += shape.depth * (shape.states(kept) + effort.statistics_bytes(shape))
     total += (
         layers
@@ -518,6 +527,8 @@ def memory_bytes(shape: Shape, share: float, needs: Sequence[Need]) -> int:
     at_once = {need.stage: need.bytes * shape.on_cpu for need in needs}
     if profile.search_space.precision:
         at_once["score whole parents"] = whole_types_need(shape).bytes
+    if shape.tower:
+        at_once["images"] += effort.table_bytes(shape)  # whole before it is written
     at_once["record"] += 2 * shape.states(recorded) * workers
     at_once["distill"] += 3 * shape.states(shard) * workers  # what enters a layer, its attention's and its FFN's output
     at_once["throughput"] = int(throughput) if profile.hardware.engine != "roofline" else 0

@@ -13,6 +13,7 @@ from tasks.distill.jobs import better_of, coupled_jobs, jobs_of
 from tasks.distill.record import Recording, open_parent, recorded, recording_of
 from tasks.inputs.corpus import prepare_corpus
 from tasks.inputs.corpus_sources import iterate_documents
+from tasks.inputs.image_questions import by_digest
 from tasks.inputs.parent import prepare_parent
 from tasks.inputs.parent_answers import with_answers
 from tasks.inputs.vision import with_images
@@ -73,7 +74,7 @@ def open_finished(profile: Profile, workspace: Path) -> Finished:
     if not any((workspace / "parent").glob("*.json")) or not any((workspace / "library").glob("*.json")):
         raise _unfinished(profile, workspace, "no block library")
     parent = prepare_parent(profile.parent, workspace, lambda: iterate_documents(profile.corpus))
-    parent = with_images(parent, images, workspace, compute_of(profile))
+    parent = with_images(parent, by_digest(images), workspace, compute_of(profile))
     corpus = prepare_corpus(
         with_answers(profile.corpus, parent, workspace, compute_of(profile)),
         workspace / parent.folder,
