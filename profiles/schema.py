@@ -866,9 +866,9 @@ class Search(Section):
         ge=0,
         description="How many answers of the search are measured, before GKD, for limits that the child itself must "
         "keep: those of the budget on time, in turns with the parent, and `max_kl` of capabilities, on their training "
-        "text, which no stage has read (`general`: the text of the scores). Where a one-sided 95 % bound of its speed "
-        "or KL passes the limit, the search is asked for more; where it keeps more than was asked, for less. "
-        "Of those that keep all, the one of the lowest score is taken. 0: the sums of costs and scores decide.",
+        "text, which no stage has read (`general`: the text of the scores). Where a one-sided bound of its speed "
+        "(80 %) or KL (95 %) passes the limit, the search is asked for more; where it keeps more than was asked, for "
+        "less. Of those that keep all, the one of the lowest score is taken. 0: the sums of costs and scores decide.",
     )
 
 
@@ -1016,8 +1016,8 @@ class Evaluate(Section):
     throughput_rounds: int = Field(
         default=5,
         ge=1,
-        description="Rounds in which whole models are timed in turns; up to three times as many where the error of a "
-        "gain is above 1 %.",
+        description="Rounds in which whole models are timed in turns; up to three times as many where a one-sided 95 % "
+        "bound of the gain of a request is more than 2 % below it.",
     )
     prompts: tuple[Chat | PromptText, ...] = Field(
         default=PROMPTS,

@@ -239,10 +239,13 @@ def solved(system: Any, right: Any, **_: Any) -> int:
 def test_work_is_what_is_computed(label: str) -> None:
     child = tiny_child(tiny_parent("qwen2"), [{"attention": recurrent(label, "qwen2"), "ffn": ffn(48)}] * 6)
     variant, layer = parse_label("attention", label, child.config), child.model.layers[0]
-    for length in (2, 40, 192):  # a single token has a shorter way, `step`
+    kind: Any = kind_of(variant)
+    for length in (1, 2, 40, 192):
         with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.linalg_solve_triangular: solved}) as counter:
             layer.attention(torch.randn(1, length, 32))
-        own = kind_of(variant).flops_per_token(variant, child.config, length)
+        own = kind.flops_per_token(variant, child.config, length)
+        if length == 1:  # alone a token reads the state once, by `gdn` twice, and makes no chunk
+            own += 2 * 32 * 8 * (2 if label == "gdn" else 1) - kind.state_flops(32, 8, 1)
         assert counter.get_total_flops() == length * own
 
 

@@ -1,8 +1,9 @@
 """How whole models are timed: in turns, so that whatever else a machine does falls on all of them alike.
 
 In every round each model answers one request, and every other round goes backwards. A speed is the median over the
-rounds, a gain the median of the parent's time over the model's in the same round. Where that is unsure there are more
-rounds, up to three times as many. Requests to models in torch are made here too.
+rounds, a gain the median of the parent's time over the model's in the same round. Where parent and child are compared
+(tasks/measure/end_to_end.py) and a gain is unsure there are more rounds, up to three times as many. Requests to models
+in torch are made here too.
 """
 
 # B = batch, P = prompt tokens
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from blocks.errors import PuzzleFailure
+from blocks.estimates import lower_bound
 from blocks.records import PARENT, Gains, Metric, Throughput, Turn
 from blocks.runtime import products_as_served, release_memory
 from profiles.schema import Scenario
@@ -24,7 +26,7 @@ from tasks.running.progress import Progress, no_progress
 from tasks.running.usage import resident_bytes, restart_peak
 
 MAX_DECODE_STEPS = 32  # at most this many decode steps are timed; a whole request is extrapolated from them
-SURE = 0.01  # relative standard error of a request's gain, with which no more rounds are made
+SURE = 0.02  # how far the one-sided 95 % bound of a request's gain may be off, relative, that no more rounds are made
 LONGEST = 3  # times as many rounds as were asked, at most
 SE_OF_MEDIAN = 1.2533  # sqrt(pi / 2): standard error of a median over that of a mean, normal samples
 
@@ -77,7 +79,7 @@ def is_unsure(generated_tokens: int) -> Unsure:
         if PARENT not in turns:
             return False
         gains = [gains_of(turns[PARENT], own, generated_tokens).request for own in turns.values()]
-        return any(relative_error(gain) > SURE for gain in gains)
+        return any(lower_bound(gain, 0.95) < (1 - SURE) * gain.value for gain in gains)
 
     return unsure
 

@@ -4,8 +4,8 @@ Scores add up only roughly: the KL of a whole child was up to half above their s
 costs, and a machine is not as fast now as it was when they were measured. So the chosen child is measured before GKD:
 its KL on text of each capability that no stage has read, its speed in turns with its parent. The search then gets other
 limits, higher or lower by what the child is beside what was asked, and its answer is measured in turn. What counts is a
-one-sided 95 % bound. Where several children may be measured for a KL they share that error (Bonferroni): they read the
-same text, so that a child may seem to keep a limit for the text that it is. A time is measured anew for each.
+one-sided bound. All children that may be measured for a KL share an error of 5 % (Bonferroni). Each look at a time is
+bounded with 80 %: its noise is the machine's, and to be surer cost a child half its quality (docs/log.md).
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -44,7 +44,7 @@ from tasks.search.one_type import candidates
 from tasks.search.totals import TOLERANCE, Problem, budget_rows, kl_on
 
 VERSION = 2
-CONFIDENCE = 0.95
+CONFIDENCE = {"kl": 0.95, "time": 0.8}
 EASED = (1.0, 0.5, 0.25)  # parts of the way to the limit that is wanted, on which an answer is looked for
 # shares of a limit: a child that takes less than ENOUGH gives away quality or speed, and the next one aims at AIM
 ENOUGH = {"kl": 0.85, "time": 0.99}
@@ -144,7 +144,7 @@ def floors_of(
             limit=problem.capabilities.most[name],
             predicted=kl_on(problem, child.layers, name, child.head),
             measured=measured[name],
-            at_most=_bound(measured[name], 1 - (1 - CONFIDENCE) / children),
+            at_most=_bound(measured[name], 1 - (1 - CONFIDENCE["kl"]) / children),
         )
         for name, most in asked.items()
     )
@@ -183,7 +183,7 @@ def times_of(
             limit=_limit_in(problem, row.field) or limit.asked,
             predicted=limit.got,
             measured=limit.measured,
-            at_worst=_bound(limit.measured, CONFIDENCE, limit.floor),
+            at_worst=_bound(limit.measured, CONFIDENCE["time"], limit.floor),
         )
         for row, limit in found
         if limit.measured is not None
@@ -397,5 +397,5 @@ def in_words(look: Look) -> str:
     else:
         least = "least" if look.floor else "most"
         words += [f" +-{look.measured.se:.2g}"]
-        words += [] if look.at_worst is None else [f", with 95 % at {least} {look.at_worst:.4g}"]
+        words += [] if look.at_worst is None else [f", with 80 % at {least} {look.at_worst:.4g}"]
     return "".join([*words, "" if is_kept(look) else ": not kept before GKD"])

@@ -40,6 +40,10 @@ from tasks.running.progress import Progress, no_progress, part_of, say
 from tasks.running.usage import Others, crowd
 
 VERSION = 3
+STEPS = {
+    "ssd": 2,
+    "gdn": 2,
+}  # versions of what a child's code does for a token, of kinds where it is no longer the first
 
 
 class CostRequest(Value):
@@ -73,6 +77,7 @@ class CostRequest(Value):
             named=is_named(self.hardware),
             measure=self.measure.model_dump(exclude={"max_age_days"}),
             version=VERSION,
+            **{kind: version for kind, version in STEPS.items() if kind in self.space.attention},
         )
 
     def in_type(self, kind: str) -> "CostRequest":

@@ -555,7 +555,7 @@ def times_table(report: ChildReport) -> WordedTable:
         ]
         for one in report.held_times
     ]
-    header = ["limit", "asked", "of the search", "predicted", "measured", "no worse than, for 95 %"]
+    header = ["limit", "asked", "of the search", "predicted", "measured", "no worse than, for 80 %"]
     words = (
         "Timed in turns with the parent right after the choice. *Of the search*: its own limit on the sum of costs, so "
         "that the child itself keeps what was asked, by the last column. The table above is of a later sitting, "

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from blocks.records import SUBBLOCKS, CostTable, LayerChoice
 from profiles.schema import Scenario
-from tasks.engines.timing_in_turns import timed_steps, tokens_before
+from tasks.engines.timing_in_turns import LONGEST, timed_steps, tokens_before
 from tasks.inputs.space import measured_space
 from tasks.measure.roofline import Setting, modelled_costs
 from tasks.planning import effort
@@ -148,7 +148,7 @@ def throughput_work(shape: Shape, setting: Setting | None, models: Sequence[tupl
         return Work()
     if engine in UNKNOWN:
         return None
-    rounds = shape.profile.evaluate.throughput_rounds
+    rounds = LONGEST * shape.profile.evaluate.throughput_rounds  # small models are seldom known sooner
     places_of = {kind: request_times_of(shape, replace(setting, kind=kind), largest_only=True) for _, kind in models}
     work = Work(fixed=effort.TASK_SECONDS)
     if engine != "torch":

@@ -421,7 +421,7 @@ def stages_of(
         "questions": (found, heard),
         "loops": (effort.looping_steps(profile), heard),
     }
-    visits = visiting_seconds(shape, shares, tested, said, rates.memory)
+    visits = visiting_seconds(shape, shares, tested + items, said, rates.memory)
     return [
         StagePlan(
             name=name,
