@@ -40,7 +40,7 @@ from tasks.inputs.image_questions import by_digest
 from tasks.inputs.parent import prepare_parent
 from tasks.inputs.parent_answers import with_answers
 from tasks.inputs.space import check_search_space, left_out, refused_whole
-from tasks.inputs.vision import refuse_blind, with_images
+from tasks.inputs.vision import refuse_blind, sees, with_images
 from tasks.measure import costs, typed_costs
 from tasks.measure.calibration import drift
 from tasks.running.at_work import at_work_in
@@ -156,7 +156,7 @@ def parent_of(run: Run) -> ParentInfo:
     for sentence in left_out(profile, reader):
         say(f"not tried: {sentence}")
     if profile.images:
-        refuse_blind(parent, workspace)
+        refuse_blind(parent.name, sees(workspace / parent.folder))
     return parent
 
 

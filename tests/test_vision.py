@@ -480,9 +480,6 @@ def test_questions_that_cannot_be_asked_are_refused(tmp_path: Path) -> None:
         (path.parent / "0.png").write_bytes(content)
         with pytest.raises(CorpusError, match=told):
             with_images(plain, by_digest(asked(path).images), work, HOST)
-    blind = prepare_parent(FolderParent(path=str(tiny_parent(tmp_path / "blind"))), work, None)
-    with pytest.raises(ParentError, match="has no vision tower: take a parent of model_type llava"):
-        with_images(blind, by_digest(asked(path).images), work, HOST)
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -867,6 +864,8 @@ def test_a_profile_that_cannot_see_is_refused_before_a_run(tmp_path: Path) -> No
     asks = {"sources": [{"kind": "image_questions", "path": str(here.path)}]}
     for changes, expected in (
         ({"parent": {"kind": "tiny"}}, "a parent of kind tiny has no vision tower"),
+        ({"parent": {"kind": "gguf", "path": "a.gguf"}}, "a parent of kind gguf has no vision tower"),
+        ({"parent": {"kind": "package", "package": "a", "file": "a.gguf"}}, "a parent of kind package has no vision"),
         ({"corpus": asks}, "needs prompt_weight"),
         ({"evaluate": {"loop_prompts": 9}}, "goes on from words of the corpus, and all sources of it ask about"),
         ({"corpus": asks | {"prompt_weight": 0, "one_document_rows": True}}, "goes not with one_document_rows"),
@@ -877,8 +876,11 @@ def test_a_profile_that_cannot_see_is_refused_before_a_run(tmp_path: Path) -> No
     ):
         with pytest.raises(ValidationError, match=expected):
             profile_of(here, **changes)
-    blind = {"parent": {"kind": "folder", "path": str(tiny_parent(tmp_path / "blind"))}}
-    assert any("has no vision tower: take a parent" in told for told in lacking(profile_of(here, **blind)))
+    blind = FolderParent(path=str(tiny_parent(tmp_path / "blind")))
+    told = "a text asks about images, and blind has no vision tower: take a parent of model_type llava, or leave that"
+    assert any(one.startswith(f"parent: {told}") for one in lacking(profile_of(here, parent=blind)))
+    with pytest.raises(ParentError, match=f"^{told}"):
+        with_images(prepare_parent(blind, tmp_path / "other", None), {"": here.path}, tmp_path / "other", HOST)
     assert not lacking(profile_of(here)) and not any("vision" in told for told in advice(profile_of(here)))
     engine = {"hardware": {"must_run": ["vllm"]}}
     assert any(

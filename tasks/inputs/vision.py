@@ -156,12 +156,14 @@ class _Seeing(Value):
         return next(ref for ref in self.files if ref.path == f"{self.parent.folder}/{TABLE}")
 
 
-def refuse_blind(parent: ParentInfo, workspace: Path) -> None:
-    """Raise ParentError for a parent without a vision tower, where a text asks about images."""
-    if not sees(workspace / parent.folder):
+def refuse_blind(name: str, has_tower: bool | None) -> None:
+    """Raise ParentError for a parent of that name without a vision tower, where a text asks about images. None: whether
+    it has one is not known yet.
+    """
+    if has_tower is False:
         raise ParentError(
-            f"the text asks about images, and {parent.name} has no vision tower: take a parent of model_type "
-            f"{' or '.join(CARRIED)}, or leave the images out."
+            f"a text asks about images, and {name} has no vision tower: take a parent of model_type "
+            f"{' or '.join(CARRIED)}, or leave that text out."
         )
 
 
@@ -181,8 +183,8 @@ def with_images(
     """
     if not images:
         return parent
-    refuse_blind(parent, workspace)
     folder = workspace / parent.folder
+    refuse_blind(parent.name, sees(folder))
     key = digest_of(parent=parent.fingerprint, images=list(images), version=VERSION)
     manifest = workspace / "parent" / f"images-{key}.json"
     known = remember(manifest, _Seeing, lambda value: list(value.files), workspace, "never")
