@@ -952,6 +952,13 @@ def test_a_plan_has_what_the_tower_takes(tmp_path: Path) -> None:
     assert 0 < elsewhere.seconds < plan.seconds and elsewhere.disk_bytes == words.disk_bytes
 
 
+def run_of(profile: Profile, workspace: Path) -> Any:
+    """A run without Prefect."""
+    call = lambda task, makes, *values, **_: task.fn(*values)  # noqa: E731
+    stage = lambda name: nullcontext(no_progress)  # noqa: E731
+    return SimpleNamespace(profile=profile, workspace=workspace, stage=stage, call=call)
+
+
 def test_too_few_images_are_refused_before_any_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a run itself, of any size, those of a capability too, of which the corpus has some. Texts are packed first, by
     ids that a table gets later.
@@ -968,9 +975,7 @@ def test_too_few_images_are_refused_before_any_is_seen(tmp_path: Path, monkeypat
             "corpus": fields | {"train_sequences": corpus},
             "capabilities": {"images": fields | {"train_sequences": capability}},
         }
-        call = lambda task, makes, *values, **_: task.fn(*values)  # noqa: E731
-        profile, stage = profile_of(here, **both, **rest), lambda name: nullcontext(no_progress)
-        return SimpleNamespace(profile=profile, workspace=tmp_path / "work", stage=stage, call=call)
+        return run_of(profile_of(here, **both, **rest), tmp_path / "work")
 
     with monkeypatch.context() as blind:
         blind.setattr(vision, "_tower", lambda _: pytest.fail("the tower has begun"))
@@ -987,6 +992,16 @@ def test_too_few_images_are_refused_before_any_is_seen(tmp_path: Path, monkeypat
     Image.new("RGB", (9, 9)).save(here.path.with_name("7.png"))
     with pytest.raises(CorpusError, match="7.png has changed while texts about it were read: run again"):
         with_images(plain, images, tmp_path / "other", HOST)
+
+
+def test_an_image_that_cannot_be_seen_is_told_before_any_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its header: before the parent answers prompts, and before it sees the images that are whole."""
+    here: Any = SimpleNamespace(source=tiny_llava(tmp_path / "source"), path=coloured(tmp_path / "images", 4))
+    monkeypatch.setattr(stages, "_packed", lambda *_: pytest.fail("a text is packed"))
+    for content, told in ((b"no image", "3.png is no image"), (png_header(9000, 9000), "3.png has 81 million pixels")):
+        (here.path.parent / "3.png").write_bytes(content)
+        with pytest.raises(CorpusError, match=told):
+            stages.prepare(run_of(profile_of(here), tmp_path / "work"))
 
 
 def test_too_few_images_are_refused_before_a_run(tmp_path: Path) -> None:
