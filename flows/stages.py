@@ -137,7 +137,7 @@ def prepare(run: Run) -> tuple[ParentInfo, CorpusInfo, list[CorpusInfo]]:
 
     Too little text, or too few images, is found out before the parent sees any image.
     """
-    parent, images = parent_of(run), by_digest(run.profile.images)
+    parent, images = parent_of(run), _images_of(run)
     corpus, capabilities = _packed(run, "", run.profile.corpus, parent, images), list[CorpusInfo]()
     for name, one in run.profile.own_capabilities.items():
         capabilities.append(_packed(run, name, one.corpus, parent, images, (corpus, *capabilities)))
@@ -158,6 +158,14 @@ def parent_of(run: Run) -> ParentInfo:
     if profile.images:
         refuse_blind(parent.name, sees(workspace / parent.folder))
     return parent
+
+
+def _images_of(run: Run) -> dict[str, Path]:
+    """Every image that the profile's texts ask about, see `by_digest`: many photos take long."""
+    if not run.profile.images:
+        return {}
+    with run.stage("read images") as progress:
+        return by_digest(run.profile.images, progress)
 
 
 def _seeing(run: Run, parent: ParentInfo, images: Mapping[str, Path]) -> ParentInfo:

@@ -75,7 +75,6 @@ from tasks.planning.plan import config_parent, machine_rates, plan_of
 from tasks.probe.records import Asked
 from tasks.probe.sides import SeenText
 from tasks.probe.texts import own_text
-from tasks.running.progress import no_progress
 from tasks.score.scoring import ScoringSet, score_sequences
 from tasks.studies.truth import other_model
 from tests.chain import chosen, recording
@@ -955,8 +954,9 @@ def test_a_plan_has_what_the_tower_takes(tmp_path: Path) -> None:
 def run_of(profile: Profile, workspace: Path) -> Any:
     """A run without Prefect."""
     call = lambda task, makes, *values, **_: task.fn(*values)  # noqa: E731
-    stage = lambda name: nullcontext(no_progress)  # noqa: E731
-    return SimpleNamespace(profile=profile, workspace=workspace, stage=stage, call=call)
+    shown = list[tuple[Any, ...]]()
+    stage = lambda name: nullcontext(lambda *told: shown.append((name, *told)))  # noqa: E731
+    return SimpleNamespace(profile=profile, workspace=workspace, stage=stage, call=call, shown=shown)
 
 
 def test_too_few_images_are_refused_before_any_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -982,7 +982,9 @@ def test_too_few_images_are_refused_before_any_is_seen(tmp_path: Path, monkeypat
         for sizes, told in (((60, 2), "train needs 60 "), ((40, 2), "train needs 2 .* 42 are in the corpus or")):
             with pytest.raises(CorpusError, match=f"the corpus is too small: {told}"):
                 stages.prepare(run(*sizes))
-    parent, corpus, (capability,) = stages.prepare(run(4, 2))
+    whole = run(4, 2)
+    parent, corpus, (capability,) = stages.prepare(whole)
+    assert whole.shown[:48] == [("read images", done, 48, "images read") for done in range(1, 49)]
     folder, wanted = tmp_path / "work" / parent.folder, run(4, 2).profile
     own = prepare_corpus(wanted.corpus, folder, parent.fingerprint, tmp_path / "work")
     others = (wanted.own_capabilities["images"].corpus, folder, parent.fingerprint, tmp_path / "work", (corpus,))

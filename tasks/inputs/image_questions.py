@@ -25,6 +25,7 @@ from tasks.inputs.chats import IMAGE, Chat, Conversation, Message, Span, Unusabl
 from tasks.inputs.installed_packages import folders_of
 from tasks.inputs.questions import marked
 from tasks.inputs.text_files import Document, Tally
+from tasks.running.progress import Progress, no_progress
 
 VERSION = 1  # raise it when the same images and questions would give other tokens
 LONGEST_PATH = 4096  # characters
@@ -143,12 +144,16 @@ def images_of(source: ImagesSource) -> list[Path]:
     return list(dict.fromkeys(image for image, _, _ in questions(source, [])))
 
 
-def by_digest(sources: Iterable[ImagesSource]) -> dict[str, Path]:
+def by_digest(sources: Iterable[ImagesSource], progress: Progress = no_progress) -> dict[str, Path]:
     """A file of each image that is asked about, by the sha256 of its content, in the order in which they are numbered.
 
     Raises CorpusError.
     """
-    found = {digest_of_image(path): path for source in sources for path in images_of(source)}
+    paths = list(dict.fromkeys(path for source in sources for path in images_of(source)))
+    found = dict[str, Path]()
+    for done, path in enumerate(paths, 1):
+        found[digest_of_image(path)] = path
+        progress(done, len(paths), "images read")
     return dict(sorted(found.items()))
 
 
