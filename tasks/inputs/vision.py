@@ -256,8 +256,9 @@ def _features(folder: Path, images: Mapping[str, Path], compute: Compute, progre
     for first in range(0, len(named), BATCH):
         batch = [_opened(*one) for one in named[first : first + BATCH]]
         values = pixels(images=batch, return_tensors="pt")["pixel_values"]
-        yield from (one.cpu() for one in model.get_image_features(pixel_values=values.to(compute.device)).pooler_output)
-        progress(min(first + BATCH, len(named)), len(named), "images seen")
+        found = model.get_image_features(pixel_values=values.to(compute.device)).pooler_output
+        progress(min(first + BATCH, len(named)), len(named), "images seen")  # who takes the last one asks no further
+        yield from (one.cpu() for one in found)
 
 
 def _tower(folder: Path) -> Any:
