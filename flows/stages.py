@@ -36,7 +36,7 @@ from tasks.distill.record import (
 from tasks.evaluate.floors import Chosen
 from tasks.inputs.corpus import prepare_corpus
 from tasks.inputs.corpus_sources import iterate_documents
-from tasks.inputs.image_questions import by_digest
+from tasks.inputs.image_questions import by_digest, forget_questions
 from tasks.inputs.parent import prepare_parent
 from tasks.inputs.parent_answers import with_answers
 from tasks.inputs.space import check_search_space, left_out, refused_whole
@@ -141,6 +141,7 @@ def prepare(run: Run) -> tuple[ParentInfo, CorpusInfo, list[CorpusInfo]]:
     corpus, capabilities = _packed(run, "", run.profile.corpus, parent, images), list[CorpusInfo]()
     for name, one in run.profile.own_capabilities.items():
         capabilities.append(_packed(run, name, one.corpus, parent, images, (corpus, *capabilities)))
+    forget_questions()
     return _seeing(run, parent, images), corpus, capabilities
 
 

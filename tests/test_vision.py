@@ -986,6 +986,7 @@ def test_too_few_images_are_refused_before_any_is_seen(tmp_path: Path, monkeypat
     parent, corpus, (capability,) = stages.prepare(whole)
     assert whole.shown[:48] == [("read images", done, 48, "images read") for done in range(1, 49)]
     assert whole.shown[48:] == [("images", done, 48, "images seen") for done in range(8, 49, 8)]
+    assert not image_questions._lines.cache_info().currsize, "the rest of a run is not to hold all questions in memory"
     folder, wanted = tmp_path / "work" / parent.folder, run(4, 2).profile
     own = prepare_corpus(wanted.corpus, folder, parent.fingerprint, tmp_path / "work")
     others = (wanted.own_capabilities["images"].corpus, folder, parent.fingerprint, tmp_path / "work", (corpus,))

@@ -253,6 +253,12 @@ def _drawn(path: Path, state: State) -> list[tuple[str, str, int]]:
     return found
 
 
+def forget_questions() -> None:
+    """Let go what was kept of files of questions: whoever asks for them from now on reads them again."""
+    _lines.cache_clear()
+    _drawn.cache_clear()
+
+
 def content_of(source: ImagesSource) -> list[str]:
     """Images by their digests, questions and answers."""
     asked = list(questions(source, []))
