@@ -36,11 +36,11 @@ from tasks.distill.record import (
 from tasks.evaluate.floors import Chosen
 from tasks.inputs.corpus import prepare_corpus
 from tasks.inputs.corpus_sources import iterate_documents
-from tasks.inputs.image_questions import by_digest
+from tasks.inputs.image_questions import by_digest, forget_questions
 from tasks.inputs.parent import prepare_parent
 from tasks.inputs.parent_answers import with_answers
 from tasks.inputs.space import check_search_space, left_out, refused_whole
-from tasks.inputs.vision import refuse_blind, with_images
+from tasks.inputs.vision import refuse_blind, sees, with_images
 from tasks.measure import costs, typed_costs
 from tasks.measure.calibration import drift
 from tasks.running.at_work import at_work_in
@@ -137,10 +137,11 @@ def prepare(run: Run) -> tuple[ParentInfo, CorpusInfo, list[CorpusInfo]]:
 
     Too little text, or too few images, is found out before the parent sees any image.
     """
-    parent, images = parent_of(run), by_digest(run.profile.images)
+    parent, images = parent_of(run), _images_of(run)
     corpus, capabilities = _packed(run, "", run.profile.corpus, parent, images), list[CorpusInfo]()
     for name, one in run.profile.own_capabilities.items():
         capabilities.append(_packed(run, name, one.corpus, parent, images, (corpus, *capabilities)))
+    forget_questions()
     return _seeing(run, parent, images), corpus, capabilities
 
 
@@ -156,8 +157,16 @@ def parent_of(run: Run) -> ParentInfo:
     for sentence in left_out(profile, reader):
         say(f"not tried: {sentence}")
     if profile.images:
-        refuse_blind(parent, workspace)
+        refuse_blind(parent.name, sees(workspace / parent.folder))
     return parent
+
+
+def _images_of(run: Run) -> dict[str, Path]:
+    """Every image that the profile's texts ask about, see `by_digest`: many photos take long."""
+    if not run.profile.images:
+        return {}
+    with run.stage("read images") as progress:
+        return by_digest(run.profile.images, progress)
 
 
 def _seeing(run: Run, parent: ParentInfo, images: Mapping[str, Path]) -> ParentInfo:

@@ -75,7 +75,6 @@ from tasks.planning.plan import config_parent, machine_rates, plan_of
 from tasks.probe.records import Asked
 from tasks.probe.sides import SeenText
 from tasks.probe.texts import own_text
-from tasks.running.progress import no_progress
 from tasks.score.scoring import ScoringSet, score_sequences
 from tasks.studies.truth import other_model
 from tests.chain import chosen, recording
@@ -480,9 +479,6 @@ def test_questions_that_cannot_be_asked_are_refused(tmp_path: Path) -> None:
         (path.parent / "0.png").write_bytes(content)
         with pytest.raises(CorpusError, match=told):
             with_images(plain, by_digest(asked(path).images), work, HOST)
-    blind = prepare_parent(FolderParent(path=str(tiny_parent(tmp_path / "blind"))), work, None)
-    with pytest.raises(ParentError, match="has no vision tower: take a parent of model_type llava"):
-        with_images(blind, by_digest(asked(path).images), work, HOST)
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -867,6 +863,8 @@ def test_a_profile_that_cannot_see_is_refused_before_a_run(tmp_path: Path) -> No
     asks = {"sources": [{"kind": "image_questions", "path": str(here.path)}]}
     for changes, expected in (
         ({"parent": {"kind": "tiny"}}, "a parent of kind tiny has no vision tower"),
+        ({"parent": {"kind": "gguf", "path": "a.gguf"}}, "a parent of kind gguf has no vision tower"),
+        ({"parent": {"kind": "package", "package": "a", "file": "a.gguf"}}, "a parent of kind package has no vision"),
         ({"corpus": asks}, "needs prompt_weight"),
         ({"evaluate": {"loop_prompts": 9}}, "goes on from words of the corpus, and all sources of it ask about"),
         ({"corpus": asks | {"prompt_weight": 0, "one_document_rows": True}}, "goes not with one_document_rows"),
@@ -877,8 +875,11 @@ def test_a_profile_that_cannot_see_is_refused_before_a_run(tmp_path: Path) -> No
     ):
         with pytest.raises(ValidationError, match=expected):
             profile_of(here, **changes)
-    blind = {"parent": {"kind": "folder", "path": str(tiny_parent(tmp_path / "blind"))}}
-    assert any("has no vision tower: take a parent" in told for told in lacking(profile_of(here, **blind)))
+    blind = FolderParent(path=str(tiny_parent(tmp_path / "blind")))
+    told = "a text asks about images, and blind has no vision tower: take a parent of model_type llava, or leave that"
+    assert any(one.startswith(f"parent: {told}") for one in lacking(profile_of(here, parent=blind)))
+    with pytest.raises(ParentError, match=f"^{told}"):
+        with_images(prepare_parent(blind, tmp_path / "other", None), {"": here.path}, tmp_path / "other", HOST)
     assert not lacking(profile_of(here)) and not any("vision" in told for told in advice(profile_of(here)))
     engine = {"hardware": {"must_run": ["vllm"]}}
     assert any(
@@ -950,6 +951,14 @@ def test_a_plan_has_what_the_tower_takes(tmp_path: Path) -> None:
     assert 0 < elsewhere.seconds < plan.seconds and elsewhere.disk_bytes == words.disk_bytes
 
 
+def run_of(profile: Profile, workspace: Path) -> Any:
+    """A run without Prefect."""
+    call = lambda task, makes, *values, **_: task.fn(*values)  # noqa: E731
+    shown = list[tuple[Any, ...]]()
+    stage = lambda name: nullcontext(lambda *told: shown.append((name, *told)))  # noqa: E731
+    return SimpleNamespace(profile=profile, workspace=workspace, stage=stage, call=call, shown=shown)
+
+
 def test_too_few_images_are_refused_before_any_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a run itself, of any size, those of a capability too, of which the corpus has some. Texts are packed first, by
     ids that a table gets later.
@@ -966,16 +975,18 @@ def test_too_few_images_are_refused_before_any_is_seen(tmp_path: Path, monkeypat
             "corpus": fields | {"train_sequences": corpus},
             "capabilities": {"images": fields | {"train_sequences": capability}},
         }
-        call = lambda task, makes, *values, **_: task.fn(*values)  # noqa: E731
-        profile, stage = profile_of(here, **both, **rest), lambda name: nullcontext(no_progress)
-        return SimpleNamespace(profile=profile, workspace=tmp_path / "work", stage=stage, call=call)
+        return run_of(profile_of(here, **both, **rest), tmp_path / "work")
 
     with monkeypatch.context() as blind:
         blind.setattr(vision, "_tower", lambda _: pytest.fail("the tower has begun"))
         for sizes, told in (((60, 2), "train needs 60 "), ((40, 2), "train needs 2 .* 42 are in the corpus or")):
             with pytest.raises(CorpusError, match=f"the corpus is too small: {told}"):
                 stages.prepare(run(*sizes))
-    parent, corpus, (capability,) = stages.prepare(run(4, 2))
+    whole = run(4, 2)
+    parent, corpus, (capability,) = stages.prepare(whole)
+    assert whole.shown[:48] == [("read images", done, 48, "images read") for done in range(1, 49)]
+    assert whole.shown[48:] == [("images", done, 48, "images seen") for done in range(8, 49, 8)]
+    assert not image_questions._lines.cache_info().currsize, "the rest of a run is not to hold all questions in memory"
     folder, wanted = tmp_path / "work" / parent.folder, run(4, 2).profile
     own = prepare_corpus(wanted.corpus, folder, parent.fingerprint, tmp_path / "work")
     others = (wanted.own_capabilities["images"].corpus, folder, parent.fingerprint, tmp_path / "work", (corpus,))
@@ -985,6 +996,16 @@ def test_too_few_images_are_refused_before_any_is_seen(tmp_path: Path, monkeypat
     Image.new("RGB", (9, 9)).save(here.path.with_name("7.png"))
     with pytest.raises(CorpusError, match="7.png has changed while texts about it were read: run again"):
         with_images(plain, images, tmp_path / "other", HOST)
+
+
+def test_an_image_that_cannot_be_seen_is_told_before_any_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its header: before the parent answers prompts, and before it sees the images that are whole."""
+    here: Any = SimpleNamespace(source=tiny_llava(tmp_path / "source"), path=coloured(tmp_path / "images", 4))
+    monkeypatch.setattr(stages, "_packed", lambda *_: pytest.fail("a text is packed"))
+    for content, told in ((b"no image", "3.png is no image"), (png_header(9000, 9000), "3.png has 81 million pixels")):
+        (here.path.parent / "3.png").write_bytes(content)
+        with pytest.raises(CorpusError, match=told):
+            stages.prepare(run_of(profile_of(here), tmp_path / "work"))
 
 
 def test_too_few_images_are_refused_before_a_run(tmp_path: Path) -> None:

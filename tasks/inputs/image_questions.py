@@ -8,7 +8,7 @@ has a chat template, the document is the chat that the template writes; else eac
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from blocks.errors import CorpusError
+from blocks.errors import CorpusError, first_line
 from blocks.files import sha256_of
 from blocks.images import image_ids, vision_of
 from profiles.schema import EasyVqaSource, ImageQuestionsSource, ImagesSource
@@ -25,10 +25,13 @@ from tasks.inputs.chats import IMAGE, Chat, Conversation, Message, Span, Unusabl
 from tasks.inputs.installed_packages import folders_of
 from tasks.inputs.questions import marked
 from tasks.inputs.text_files import Document, Tally
+from tasks.running.progress import Progress, no_progress
 
 VERSION = 1  # raise it when the same images and questions would give other tokens
 LONGEST_PATH = 4096  # characters
 FIELDS = ("image", "question", "answer")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # others, such as EPS, start programs
+MOST_PIXELS = 1 << 26  # of an image: a small file may unpack to any number
 INSTALL = "pip install --no-deps easy-vqa==1.0"
 Asked = tuple[Path, str, str]
 Row = tuple[str, str, str]  # an image by its name, question, answer
@@ -100,13 +103,40 @@ def _state(path: Path) -> State:
 
 
 def digest_of_image(path: Path) -> str:
-    """sha256 of an image's file, which is read once as long as it does not change."""
+    """sha256 of an image's file, which is read once as long as it does not change. Raises CorpusError for a file whose
+    header is of no image that can be seen.
+    """
     return _digest(path, _state(path))
 
 
 @lru_cache(maxsize=1 << 20)
 def _digest(path: Path, state: State) -> str:
-    return sha256_of(path)
+    with opened_image(path):
+        return sha256_of(path)
+
+
+@contextmanager
+def opened_image(path: Path) -> Iterator[Any]:
+    """An image of which the header alone is read. Raises CorpusError for one that is too large, or cannot be read; also
+    where that is found out within the block.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if (size := image.width * image.height) > MOST_PIXELS:
+                raise CorpusError(
+                    f"{path.name} has {size / 1e6:,.0f} million pixels, at most {MOST_PIXELS / 1e6:.0f} million are "
+                    "read: make it smaller, the tower sees a few hundred pixels a side."
+                )
+            yield image
+    except CorpusError:
+        raise
+    except Exception as error:  # each format of Pillow raises what it likes
+        raise CorpusError(
+            f"{path.name} is no image that can be read ({first_line(error, 120)}): {', '.join(FORMATS)} are, of up to "
+            f"{MOST_PIXELS / 1e6:.0f} million pixels. Replace it, or take its lines out."
+        ) from error
 
 
 def images_of(source: ImagesSource) -> list[Path]:
@@ -114,12 +144,16 @@ def images_of(source: ImagesSource) -> list[Path]:
     return list(dict.fromkeys(image for image, _, _ in questions(source, [])))
 
 
-def by_digest(sources: Iterable[ImagesSource]) -> dict[str, Path]:
+def by_digest(sources: Iterable[ImagesSource], progress: Progress = no_progress) -> dict[str, Path]:
     """A file of each image that is asked about, by the sha256 of its content, in the order in which they are numbered.
 
     Raises CorpusError.
     """
-    found = {digest_of_image(path): path for source in sources for path in images_of(source)}
+    paths = list(dict.fromkeys(path for source in sources for path in images_of(source)))
+    found = dict[str, Path]()
+    for done, path in enumerate(paths, 1):
+        found[digest_of_image(path)] = path
+        progress(done, len(paths), "images read")
     return dict(sorted(found.items()))
 
 
@@ -217,6 +251,12 @@ def _drawn(path: Path, state: State) -> list[tuple[str, str, int]]:
     """Questions, answers and numbers of images."""
     found: list[tuple[str, str, int]] = json.loads(path.read_text(encoding="utf-8"))
     return found
+
+
+def forget_questions() -> None:
+    """Let go what was kept of files of questions: whoever asks for them from now on reads them again."""
+    _lines.cache_clear()
+    _drawn.cache_clear()
 
 
 def content_of(source: ImagesSource) -> list[str]:

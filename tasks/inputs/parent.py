@@ -39,11 +39,11 @@ from tasks.inputs.parent_weights import INDEX, WEIGHTS, Weights, check_finite, p
 from tasks.inputs.rotated import rotate, rotated_config
 from tasks.inputs.tiny import byte_tokenizer, family_config, make_tiny_parent, training_texts
 from tasks.inputs.vision import (
-    CARRIED,
     PIXELS,
     brings_code,
     is_whole_model,
     place_whole,
+    refuse_blind,
     text_values,
     without_code,
 )
@@ -131,11 +131,7 @@ def check_source(source: FolderParent | GgufParent) -> None:
 
 def check_sees(source: ParentSource, download: bool = False) -> None:
     """Raise ParentError for a parent that is known to have no vision tower, where a text asks about images."""
-    if has_tower(source, download) is False:
-        raise ParentError(
-            f"a text asks about images, and {name_of(source)} has no vision tower: take a parent of model_type "
-            f"{' or '.join(CARRIED)}, or leave that text out."
-        )
+    refuse_blind(name_of(source), has_tower(source, download))
 
 
 def has_tower(source: ParentSource, download: bool = False) -> bool | None:

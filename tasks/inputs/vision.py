@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -27,7 +27,7 @@ from blocks.files import sha256_of
 from blocks.images import DIGESTS, FEATURES, TABLE, VISION, features_in, vision_of
 from blocks.library import digest_of, is_whole, keep, read_value, remember
 from blocks.records import ParentInfo, Ref, Value
-from tasks.inputs.image_questions import digest_of_image
+from tasks.inputs.image_questions import digest_of_image, opened_image
 from tasks.inputs.parent_weights import Weights, check_finite, place_weights, weight_files
 from tasks.running.progress import Progress, no_progress
 
@@ -37,8 +37,6 @@ TOWERS = ("clip_vision_model", "siglip_vision_model")  # each gives equally many
 TEXT, HEAD = "model.language_model.", "lm_head."  # what the whole's weights of the text model begin with
 PIXELS = ("preprocessor_config.json", "processor_config.json")
 BATCH = 8  # images
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # others, such as EPS, start programs
-MOST_PIXELS = 1 << 26  # of an image: a small file may unpack to any number
 
 
 def is_whole_model(values: Mapping[str, Any]) -> bool:
@@ -156,12 +154,14 @@ class _Seeing(Value):
         return next(ref for ref in self.files if ref.path == f"{self.parent.folder}/{TABLE}")
 
 
-def refuse_blind(parent: ParentInfo, workspace: Path) -> None:
-    """Raise ParentError for a parent without a vision tower, where a text asks about images."""
-    if not sees(workspace / parent.folder):
+def refuse_blind(name: str, has_tower: bool | None) -> None:
+    """Raise ParentError for a parent of that name without a vision tower, where a text asks about images. None: whether
+    it has one is not known yet.
+    """
+    if has_tower is False:
         raise ParentError(
-            f"the text asks about images, and {parent.name} has no vision tower: take a parent of model_type "
-            f"{' or '.join(CARRIED)}, or leave the images out."
+            f"a text asks about images, and {name} has no vision tower: take a parent of model_type "
+            f"{' or '.join(CARRIED)}, or leave that text out."
         )
 
 
@@ -181,8 +181,8 @@ def with_images(
     """
     if not images:
         return parent
-    refuse_blind(parent, workspace)
     folder = workspace / parent.folder
+    refuse_blind(parent.name, sees(folder))
     key = digest_of(parent=parent.fingerprint, images=list(images), version=VERSION)
     manifest = workspace / "parent" / f"images-{key}.json"
     known = remember(manifest, _Seeing, lambda value: list(value.files), workspace, "never")
@@ -256,8 +256,9 @@ def _features(folder: Path, images: Mapping[str, Path], compute: Compute, progre
     for first in range(0, len(named), BATCH):
         batch = [_opened(*one) for one in named[first : first + BATCH]]
         values = pixels(images=batch, return_tensors="pt")["pixel_values"]
-        yield from (one.cpu() for one in model.get_image_features(pixel_values=values.to(compute.device)).pooler_output)
-        progress(min(first + BATCH, len(named)), len(named), "images seen")
+        found = model.get_image_features(pixel_values=values.to(compute.device)).pooler_output
+        progress(min(first + BATCH, len(named)), len(named), "images seen")  # who takes the last one asks no further
+        yield from (one.cpu() for one in found)
 
 
 def _tower(folder: Path) -> Any:
@@ -278,25 +279,9 @@ def _tower(folder: Path) -> Any:
 
 def _opened(digest: str, path: Path) -> Any:
     """An image as people see it: a photo's orientation stands beside its pixels."""
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
-    try:
+    with opened_image(path) as image:
         if digest_of_image(path) != digest:
             raise CorpusError(f"{path.name} has changed while texts about it were read: run again.")
-        with Image.open(path, formats=FORMATS) as image:
-            size = image.width * image.height
-            return ImageOps.exif_transpose(image).convert("RGB") if size <= MOST_PIXELS else _too_large(path, size)
-    except CorpusError:
-        raise
-    except Exception as error:  # each format of Pillow raises what it likes
-        raise CorpusError(
-            f"{path.name} is no image that can be read ({first_line(error, 120)}): {', '.join(FORMATS)} are, of up to "
-            f"{MOST_PIXELS / 1e6:.0f} million pixels. Replace it, or take its lines out."
-        ) from error
-
-
-def _too_large(path: Path, size: int) -> NoReturn:
-    raise CorpusError(
-        f"{path.name} has {size / 1e6:,.0f} million pixels, at most {MOST_PIXELS / 1e6:.0f} million are read: make it "
-        "smaller, the tower sees a few hundred pixels a side."
-    )
+        return ImageOps.exif_transpose(image).convert("RGB")

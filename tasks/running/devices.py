@@ -15,7 +15,7 @@ from blocks.devices import alone_on, device_name, enter
 from profiles.schema import Profile
 from tasks.running.progress import say
 
-WITHOUT_A_DEVICE = ("parent", "corpus", "choose", "look for items")  # these stages read files, or solve
+WITHOUT_A_DEVICE = ("parent", "read images", "corpus", "choose", "look for items")  # these stages read files, or solve
 MEASURING = ("measure", "hold speed", "throughput")  # whatever else computes on the device would be in the figures
 WAIT_SECONDS = 0.2
 
