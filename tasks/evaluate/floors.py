@@ -5,7 +5,8 @@ costs, and a machine is not as fast now as it was when they were measured. So th
 its KL on text of each capability that no stage has read, its speed in turns with its parent. The search then gets other
 limits, higher or lower by what the child is beside what was asked, and its answer is measured in turn. What counts is a
 one-sided bound. All children that may be measured for a KL share an error of 5 % (Bonferroni). Each look at a time is
-bounded with 80 %: its noise is the machine's, and to be surer cost a child half its quality (docs/log.md).
+bounded with 80 %: its noise is the machine's, and the surer the bound, the more KL is paid for speed that nobody asked
+for (docs/log.md).
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -161,11 +162,7 @@ def times_are_held(profile: Profile, costs: CostTable | None) -> bool:
 
 
 def times_of(
-    asked: Problem,
-    problem: Problem,
-    child: Architecture,
-    own: Sequence[Throughput],
-    parents: Sequence[Throughput],
+    asked: Problem, problem: Problem, child: Architecture, own: Sequence[Throughput], parents: Sequence[Throughput]
 ) -> tuple[HeldTime, ...]:
     """Every limit on time beside what a child is predicted and measured to take.
 

@@ -40,10 +40,7 @@ from tasks.running.progress import Progress, no_progress, part_of, say
 from tasks.running.usage import Others, crowd
 
 VERSION = 3
-STEPS = {
-    "ssd": 2,
-    "gdn": 2,
-}  # versions of what a child's code does for a token, of kinds where it is no longer the first
+STEPS = {"ssd": 2, "gdn": 2}  # versions of a child's code for one token, of kinds where it is not the first
 
 
 class CostRequest(Value):
