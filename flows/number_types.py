@@ -74,7 +74,6 @@ def score_types(
     def measure(wanted: list[BlockRecord]) -> list[Score]:
         return stages.score_all(run, *source, records, wanted, capabilities, name="score types")
 
-    parents = measure(typed_scores.parents_in_types(parent, corpus, records, kinds))
     texts = scoring_sets(profile, corpus, capabilities, records[-1])
     whole: dict[str, dict[str, typed_scores.WholeScore]] = {text.capability: {} for text in texts}
     recipes = typed_scores.recipes(depth, kinds, profile.search_space.head_types)
@@ -87,6 +86,9 @@ def score_types(
                 stored = typed_scores.stored_whole(text, parent, recipe, run.workspace)
                 whole[text.capability][label] = stored or score
             progress(done, len(recipes), label)
+    fine = typed_scores.fine_types(whole)
+    coarse = [kind for kind in kinds if kind not in fine]
+    parents = measure(typed_scores.parents_in_types(parent, corpus, records, coarse))
     return typed_scores.settled(profile, scores, parents, whole, costs, blocks, measure)
 
 

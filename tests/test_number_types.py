@@ -29,7 +29,7 @@ from tasks.measure.typed_costs import TypeRatio, joined
 from tasks.measure.variant_timing import Load
 from tasks.score.rounding import in_type
 from tasks.score.scoring import score_sequences
-from tasks.score.typed_scores import WholeScore, parents_in_types, scores_in_types, to_measure
+from tasks.score.typed_scores import WholeScore, fine_types, parents_in_types, scores_in_types, to_measure
 from tasks.search.choose import choose
 from tasks.search.one_type import back, in_one_type
 from tasks.search.totals import Problem, broken_limits, make_problem, predicted
@@ -216,6 +216,42 @@ def test_scores_are_products_until_they_are_measured() -> None:
     own = [*parents, score(0, "ffn", "ffn32@iq4_nl", 0.2, 0.3)]
     again = {one.variant: one for one in scores_in_types([narrow], own, whole, base)}
     assert again["ffn32@iq4_nl"].kl_per_sequence == pytest.approx((0.15, 0.3))
+
+
+def test_a_fine_type_has_the_coarsest_types_scores_in_its_own_measure() -> None:
+    """One that hurts the whole parent 25 times less on every text is not scored by blocks; its sum is its whole KL."""
+    base = CostTable(
+        hardware={},
+        costs=(cost("ffn", "parent", 1.0, 200), cost("ffn", "ffn32", 0.5, 50)),
+        non_block=(outside("", 1.0),),
+        num_hidden_layers=2,
+        measured_at="2026-01-01T00:00:00+00:00",
+    )
+
+    def whole_of(**kl: float) -> dict[str, WholeScore]:
+        return {f"whole@{kind}": WholeScore(kl=(each, each), lm_loss=(0.0, 0.0)) for kind, each in kl.items()}
+
+    general = whole_of(q8_0=0.004, q5_1=0.02, iq4_nl=0.1)
+    assert fine_types({"": general}) == {"q8_0"}
+    assert not fine_types({"": general, "code": whole_of(q8_0=0.1, q5_1=0.02, iq4_nl=0.1)})
+    assert not fine_types({"": whole_of(q8_0=0.004)})
+    parents = [score(layer, "ffn", "parent@iq4_nl", 0.1 * layer, 0.3) for layer in (0, 1)]
+    parents += [score(layer, "ffn", "parent@q5_1", 0.01, 0.03) for layer in (0, 1)]
+    found = scores_in_types([score(1, "ffn", "ffn32", 0.1, 0.3)], parents, {"": general}, base)
+    sums = {
+        kind: sum(one.kl for one in found if one.variant == f"parent@{kind}") for kind in ("q8_0", "q5_1", "iq4_nl")
+    }
+    assert sums == pytest.approx({"q8_0": 0.004, "q5_1": 0.02, "iq4_nl": 0.1})
+    by_name = {(one.layer, one.variant): one.kl_per_sequence for one in found}
+    share = 0.004 / 0.35  # of the sum of iq4_nl's
+    assert by_name[0, "parent@q8_0"] == pytest.approx((0.0, 0.3 * share))
+    assert by_name[1, "ffn32@q8_0"] == pytest.approx((0.1 + share * 0.25 * 0.1, 0.3 + share * 0.25 * 0.3))
+
+
+def test_nothing_of_a_fine_type_is_scored_by_blocks(chain: Chain) -> None:
+    layers, blocks = [LayerChoice(), LayerChoice(ffn="ffn32@q8_0")], by_place(chain.blocks)
+    assert [one.variant for one in to_measure(layers, blocks, [])] == ["ffn32@q8_0"]
+    assert not to_measure(layers, blocks, [], {"q8_0"})
 
 
 def test_tables_of_types_are_scaled_to_the_parents_ratio() -> None:

@@ -186,3 +186,27 @@ def test_integers_are_read_back_as_what_was_rounded(precision: str, chain: Chain
         blocks = [{"attention": dict(FULL), "ffn": FULL | {"intermediate_size": 40}}] * 6
         odd = export_folder(child_of(blocks=blocks), tmp_path, tmp_path / "odd", "# x\n")
         export_as(odd, "transformers", precision, tmp_path / "no", calibration=lambda: tokens)
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("weighted", [True, False])
+def test_iq4_nl_is_ggmls(weighted: bool) -> None:
+    """Bytes as its library writes them; the few blocks in which two scales fit equally well are as near."""
+    draw = torch.Generator().manual_seed(0)
+    matrix = torch.randn(400, 96, generator=draw) * torch.logspace(-4, 2, 400)[:, None]
+    matrix[0] = 0.0
+    matrix[1, 32:64] = 0.0
+    importance = torch.rand(96, generator=draw) + 0.01 if weighted else None
+    rounding = GgmlRounding(kind=Type.IQ4_NL)
+    rows, values = rounding(matrix, importance)
+    wanted, theirs = rounding.by_library(matrix, importance)
+    assert torch.equal(values, torch.from_numpy(gguf.quants.dequantize(rows, Type.IQ4_NL)))
+    assert not values[0].any() and not values[1, 32:64].any() and rows.shape == wanted.shape
+    alike = (rows == wanted).reshape(-1, 18).all(1)
+    assert alike.mean() > 0.99
+    blocks, weights = matrix.reshape(-1, 32), matrix.reshape(-1, 32).square()
+    if importance is not None:
+        own = importance.reshape(1, 3, 32).expand(400, -1, -1).reshape(-1, 32)
+        weights = own * (weights + 2 * weights.mean(1, keepdim=True)).sqrt()
+    ours, ggmls = (((one.reshape(-1, 32) - blocks).square() * weights).sum(1) for one in (values, theirs))
+    assert torch.allclose(ours, ggmls, rtol=0.02, atol=0)

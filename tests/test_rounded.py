@@ -75,7 +75,7 @@ def test_it_starts_from_the_correction_and_ends_nearer_to_the_parent(kind: str, 
     assert result is not None and result.curve[0][1] == pytest.approx(start, rel=1e-5)
     assert result.best_kl < 0.8 * start and result.best_step > 0
     after = chain.training(model, teacher, settings.model_copy(update={"steps": 0}), "after").validation_kl()
-    assert after == pytest.approx(result.best_kl, rel=0.02)  # beside it, what was trained in float is in q8_0 again
+    assert after == pytest.approx(result.best_kl, rel=0.05)  # beside it, what was trained in float is in q8_0 again
     for name, stored in held.items():
         weight = model.get_parameter(name)
         torch.testing.assert_close(dequantised(stored.rows, stored.kind), weight.detach(), rtol=0, atol=0)

@@ -1,4 +1,4 @@
-"""ggml's own rounding to its block types, from the library of llama.cpp that is installed."""
+"""ggml's own rounding to its block types, from the library of llama.cpp that is installed; iq4_nl faster than it."""
 
 import ctypes
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +12,7 @@ from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
 from tasks.engines.errors import EngineFailed
+from tasks.engines.iq4_nl import round_iq4_nl
 from tasks.engines.llama_library import llama_library
 
 LEAST_ROWS = 256  # of a thread
@@ -28,12 +29,15 @@ class GgmlRounding:
 
         Rows are rounded each on its own, on as many threads as torch has.
         """
+        if self.kind == Type.IQ4_NL:
+            return round_iq4_nl(columns.detach().float(), importance)
         parts = columns.detach().chunk(max(1, min(torch.get_num_threads(), len(columns) // LEAST_ROWS)))
         with ThreadPoolExecutor(len(parts)) as pool:
-            found = list(pool.map(lambda part: self._rows(part, importance), parts))
+            found = list(pool.map(lambda part: self.by_library(part, importance), parts))
         return np.concatenate([rows for rows, _ in found]), torch.cat([values for _, values in found])
 
-    def _rows(self, columns: Tensor, importance: Tensor | None) -> tuple[np.ndarray, Tensor]:
+    def by_library(self, columns: Tensor, importance: Tensor | None) -> tuple[np.ndarray, Tensor]:
+        """The same, by the library on one thread."""
         rows, width = columns.shape
         source = np.ascontiguousarray(columns.numpy(), dtype=np.float32)
         target = np.empty((rows, self.row_bytes(width)), dtype=np.uint8)

@@ -20,7 +20,18 @@ from blocks.resources import BLOCK
 BITS = {Type.Q4_0: 4, Type.Q4_1: 4, Type.Q5_0: 5, Type.Q5_1: 5, Type.IQ4_NL: 4}
 _OFFSET = {Type.Q4_0: 8, Type.Q5_0: 16}  # the code of 0 where a block stores no least value
 _NEAR_ZERO = torch.tensor(gguf.quants.IQ4_NL.kvalues, dtype=torch.float32)
-_BETWEEN = (_NEAR_ZERO[1:] + _NEAR_ZERO[:-1]) / 2
+_REACH = 256
+# iq4_nl: by `place` of a number, the code of the value that is nearest to it, and that value
+CODES = torch.bucketize(torch.arange(-_REACH, _REACH) / 2, (_NEAR_ZERO[1:] + _NEAR_ZERO[:-1]) / 2, right=True)
+LEVELS = _NEAR_ZERO[CODES]
+
+
+def place(number: Tensor) -> Tensor:
+    """Where CODES and LEVELS have the value of iq4_nl that is nearest to a number, of the larger of two equally near.
+
+    The middle between two values is a whole number or a half, so what counts is the whole part of twice the number.
+    """
+    return (2 * number).add_(_REACH).clamp_(0, 2 * _REACH - 1).int()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +56,7 @@ class Grid:
         blocks = matrix_DK.reshape(*self.scale.shape[:2], BLOCK)
         share = torch.where(self.scale == 0, 0.0, (blocks - self.least) / self.scale)
         if self.kind == Type.IQ4_NL:
-            return torch.bucketize(share, _BETWEEN).to(torch.uint8)
+            return CODES[place(share)].to(torch.uint8)
         return share.round().clamp(0, 2 ** BITS[self.kind] - 1).to(torch.uint8)
 
     def values(self, codes: Tensor) -> Tensor:

@@ -28,9 +28,10 @@ from tasks.planning.effort import (
     scored_texts,
 )
 
-# seconds of one thread for a weight (AMD EPYC): rounded by ggml, and to the nearest number of a grid in training
-ROUNDING = {"q8_0": 4e-8, "q5_1": 1.5e-7, "q5_0": 7.4e-8, "q4_1": 1.5e-7, "q4_0": 5.7e-8, "iq4_nl": 3.4e-7}
-NEAREST = {"iq4_nl": 2.3e-8}  # a search among 16 values
+# seconds of one thread for a weight (AMD EPYC): rounded by ggml (iq4_nl: by us), and to the nearest number of a grid in
+# training
+ROUNDING = {"q8_0": 4e-8, "q5_1": 1.5e-7, "q5_0": 7.4e-8, "q4_1": 1.5e-7, "q4_0": 5.7e-8, "iq4_nl": 1.2e-7}
+NEAREST = {"iq4_nl": 5e-9}  # two tables
 EVEN_NEAREST = 1.6e-9  # where the numbers are evenly spaced
 Types = tuple[str, str]  # of all layers, and of embedding and head; "" leaves the weights
 
@@ -51,6 +52,13 @@ def costs_with_types(shape: Shape, setting: Setting) -> CostTable:
 def is_fitted(kind: str) -> bool:
     """Whether a type is so coarse that it is fitted to text."""
     return kind not in ("", "q8_0")
+
+
+def by_blocks(kinds: Sequence[str]) -> list[str]:
+    """The types in which the parent is scored block by block: q8_0 is fine beside any other (`fine_types` in
+    tasks/score/typed_scores.py).
+    """
+    return [kind for kind in kinds if is_fitted(kind)] or list(kinds)
 
 
 def slowest(kinds: Sequence[str]) -> str:
@@ -171,7 +179,7 @@ def rounded_training_work(shape: Shape, share: float, layers: float) -> Work:
 
 
 def block_types_work(shape: Shape, layers: Sequence[int]) -> Work:
-    """The parent's own blocks scored in every type, on the corpus and on the text of every capability."""
+    """The parent's own blocks scored in types (`by_blocks`), on the corpus and on the text of every capability."""
     work = Work()
     for place, text in enumerate(scored_texts(shape.profile, shape.length)):
         work += _block_types_on(shape, layers, *text)
@@ -181,7 +189,7 @@ def block_types_work(shape: Shape, layers: Sequence[int]) -> Work:
 
 def _block_types_on(shape: Shape, layers: Sequence[int], sequences: int, length: int) -> Work:
     """On a text. What enters a layer's matrices is found once for all types."""
-    kinds, scored = shape.profile.search_space.precision, sequences * length
+    kinds, scored = by_blocks(shape.profile.search_space.precision), sequences * length
     fitted, work = any(map(is_fitted, kinds)), Work()
     fit = corrections(shape)
     for layer in layers:

@@ -6,12 +6,15 @@ share: parameters that the variant keeps of its subblock. f: one factor per type
 in that type, since sums of quantisation scores overshoot for few bits. Where a variant was itself scored in a type, its
 own figure takes the place of the product. Embedding and head are scored on the whole model.
 
+A type that hurts the whole parent far less than the coarsest does (`fine_types`) is not scored block by block: its
+score of a block is the coarsest's, times f of that type. What this misses is small beside any other figure of a choice.
+
 All of this holds on each text by itself, so a capability has factors of its own. What is rounded is fitted to the
 corpus, whatever it is scored on.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -39,6 +42,7 @@ from tasks.search.totals import problem_of
 
 VERSION = 1
 LEAST, MOST = 0.05, 2.0  # of a factor: beyond, the KL of the whole model says more of chance than of the type
+FINE = 0.05  # of the coarsest type's KL of the whole parent, on every text: below, a type is not scored by blocks
 Place = tuple[int, str, str]  # layer, subblock, variant
 
 
@@ -153,8 +157,8 @@ def scores_in_types(
 ) -> list[Score]:
     """All scores: those of `scores`, of every variant in every type that it was measured in, and of the head.
 
-    measured: the parent's blocks in every type, and variants that were scored in a type themselves. whole: by text, ""
-    for the corpus first, and then the name of each capability; all scores have them in this order too.
+    measured: the parent's blocks in every type but the fine ones, and variants that were scored in a type themselves.
+    whole: by text, "" for the corpus first, and then the name of each capability; all scores have them in this order.
     """
     each = [
         _in_types([_seen(one, text) for one in scores], [_seen(one, text) for one in measured], own, costs)
@@ -179,21 +183,24 @@ def _in_types(
 ) -> list[Score]:
     """See `scores_in_types`, on one text."""
     by_place: dict[Place, Score] = {(one.layer, one.subblock, one.variant): one for one in measured}
+    known = {type_in(one.variant) for one in measured if bare(one.variant) == "parent"}
     kinds = [type_in(label) for label in whole if bare(label) == "whole"]
-    factors = {kind: _factor(kind, measured, whole[typed("whole", kind)]) for kind in kinds}
+    like = {kind: kind if kind in known else coarsest(whole) for kind in kinds}
+    factors = {kind: _factor(kind, like[kind], measured, whole) for kind in kinds}
     sizes: dict[tuple[str, str], int] = {(cost.subblock, cost.variant): cost.parameters for cost in costs.costs}
     heads = [_of_head(label, score, measured[0]) for label, score in whole.items() if bare(label) == "head"]
     parents = [
-        _sum(part, part.variant, [(factors[type_in(part.variant)], part)])
+        _sum(part, typed("parent", kind), [(factors[kind], part)])
+        for kind in kinds
         for part in measured
-        if bare(part.variant) == "parent"
+        if part.variant == typed("parent", like[kind])
     ]
     variants = []
     for score in scores:
         for kind in kinds if score.variant != "no_op" else ():
             label, factor = typed(score.variant, kind), factors[kind]
             own = by_place.get((score.layer, score.subblock, label))
-            part = by_place.get((score.layer, score.subblock, typed("parent", kind)))
+            part = by_place.get((score.layer, score.subblock, typed("parent", like[kind])))
             if own is not None:
                 variants.append(_sum(score, label, [(1.0, score), (factor, own), (-factor, score)]))
             elif part is not None and (score.subblock, score.variant) in sizes:
@@ -202,11 +209,36 @@ def _in_types(
     return [*scores, *parents, *variants, *heads]
 
 
-def _factor(kind: str, measured: Sequence[Score], whole: WholeScore) -> float:
-    """True KL of the whole parent in a type over the sum of its blocks' scores."""
-    summed = math.fsum(score.kl for score in measured if score.variant == typed("parent", kind))
-    true = math.fsum(whole.kl) / len(whole.kl)
-    return min(max(true / summed, LEAST), MOST) if summed > 0 else 1.0
+def _kl(kind: str, whole: Mapping[str, WholeScore]) -> float:
+    """KL of the whole parent in a type."""
+    found = whole[typed("whole", kind)].kl
+    return math.fsum(found) / len(found)
+
+
+def coarsest(whole: Mapping[str, WholeScore]) -> str:
+    """The type that hurts the whole parent most on a text."""
+    return max((type_in(label) for label in whole if bare(label) == "whole"), key=lambda kind: _kl(kind, whole))
+
+
+def fine_types(whole: Mapping[str, Mapping[str, WholeScore]]) -> frozenset[str]:
+    """Types that are not scored block by block: they hurt the whole parent little on every text, beside the type that
+    hurts it most on the corpus. whole: as in `scores_in_types`.
+    """
+    most, kinds = coarsest(whole[""]), [type_in(label) for label in whole[""] if bare(label) == "whole"]
+    return frozenset(
+        kind
+        for kind in kinds
+        if all(_kl(kind, own) <= FINE * _kl(most, own) for own in whole.values()) and kind != most
+    )
+
+
+def _factor(kind: str, like: str, measured: Sequence[Score], whole: Mapping[str, WholeScore]) -> float:
+    """True KL of the whole parent in a type over the sum of its blocks' scores in a type that was scored by blocks."""
+    summed = math.fsum(score.kl for score in measured if score.variant == typed("parent", like))
+    if summed <= 0:
+        return 1.0
+    found = min(_kl(kind, whole) / summed, MOST)
+    return max(found, LEAST) if kind == like else max(found, 0.0)
 
 
 def _of_head(label: str, whole: WholeScore, like: Score) -> Score:
@@ -236,17 +268,21 @@ def _with_figures(like: Score, label: str, figures: Mapping[str, tuple[float, ..
 
 
 def to_measure(
-    layers: Sequence[Any], blocks: Mapping[tuple[int, str, str], BlockRecord], known: Sequence[Score]
+    layers: Sequence[Any],
+    blocks: Mapping[tuple[int, str, str], BlockRecord],
+    known: Sequence[Score],
+    fine: Container[str] = (),
 ) -> list[BlockRecord]:
-    """The chosen variants in types that nobody scored in their type yet."""
+    """The chosen variants in types that nobody scored in their type yet; fine types are left out."""
     there = {(one.layer, one.subblock, one.variant) for one in known}
     found = []
     for layer, choice in enumerate(layers):
         for subblock in SUBBLOCKS:
             label = getattr(choice, subblock)
             record = blocks.get((layer, subblock, bare(label)))
-            if type_in(label) and record is not None and (layer, subblock, label) not in there:
-                found.append(in_type(record, type_in(label)))
+            kind = type_in(label)
+            if kind and kind not in fine and record is not None and (layer, subblock, label) not in there:
+                found.append(in_type(record, kind))
     return found
 
 
@@ -261,12 +297,13 @@ def settled(
 ) -> list[Score]:
     """All scores, those of the chosen variants measured: choose, score what was chosen in its type, choose again.
 
-    parents: scores of the parent's blocks in every type. It ends when the choice holds no product any more.
+    parents: scores of the parent's blocks in every type but the fine ones. It ends when the choice holds no product of
+    the other types any more.
     """
-    measured, library = list(parents), library_of(list(blocks))
+    measured, library, fine = list(parents), library_of(list(blocks)), fine_types(whole)
     while True:
         found = scores_in_types(scores, measured, whole, costs)
-        missing = to_measure(choose(problem_of(profile, found, costs)).layers, library, measured)
+        missing = to_measure(choose(problem_of(profile, found, costs)).layers, library, measured, fine)
         more = measure(missing) if missing else []
         if not more:
             return found
