@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
 from blocks.resources import BLOCK
-from tasks.gguf.grids import CODES, LEVELS, Grid, place
+from tasks.gguf.grids import CODES, LEVELS, Grid, place, read
 
 TRIES = 7  # scales on each side of the one that gives the largest number the first value
 AT_ONCE = 1024  # blocks: what is computed of them stays in a processor's cache
@@ -21,7 +21,7 @@ LEAST = 1e-15  # of a block's largest number; below, all are zero
 
 
 def round_iq4_nl(columns: Tensor, importance: Tensor | None) -> tuple[np.ndarray, Tensor]:
-    """Columns (D, s) float32, s a multiple of 32, and importance (s,) or None -> bytes (D, 18 s / 32), values (D, s)."""
+    """Columns (D, s) float32, s a multiple of 32, importance (s,) or None -> bytes (D, 18 s / 32), values (D, s)."""
     blocks = columns.reshape(-1, BLOCK)
     weights = blocks.square()
     if importance is not None:
@@ -30,11 +30,10 @@ def round_iq4_nl(columns: Tensor, importance: Tensor | None) -> tuple[np.ndarray
         weights = weights.add_(spread).sqrt_().mul_(own)
     parts = zip(blocks.split(AT_ONCE), weights.split(AT_ONCE), strict=True)
     scales = torch.cat([_best_scales(part, own) for part, own in parts])
-    codes = CODES[place(torch.where(scales == 0, 0.0, blocks / scales))].to(torch.uint8)
-    shape = (len(columns), -1, BLOCK)
+    codes = read(CODES, place(torch.where(scales == 0, 0.0, blocks / scales))).reshape(len(columns), -1, BLOCK)
     stored = scales.half().float().reshape(len(columns), -1, 1)  # codes are those of the scale before it is stored
     grid = Grid(kind=Type.IQ4_NL, scale=stored, least=torch.zeros_like(stored))
-    return grid.packed(codes.reshape(shape)).numpy(), grid.values(codes.reshape(shape))
+    return grid.packed(codes).numpy(), grid.values(codes)
 
 
 def _best_scales(blocks: Tensor, weights: Tensor) -> Tensor:
@@ -46,7 +45,7 @@ def _best_scales(blocks: Tensor, weights: Tensor) -> Tensor:
         empty, 1.0
     )
     places = place(blocks[:, None, :] * tried[:, :, None])  # (N, S, 32)
-    values = LEVELS.index_select(0, places.view(-1)).view(places.shape)
+    values = read(LEVELS, places)
     along = torch.bmm(values, (weights * blocks)[:, :, None])
     length = torch.bmm(values.square_(), weights[:, :, None]).clamp_min_(torch.finfo(torch.float32).tiny)
     best = (along.square() / length).argmax(1, keepdim=True)

@@ -22,8 +22,8 @@ _OFFSET = {Type.Q4_0: 8, Type.Q5_0: 16}  # the code of 0 where a block stores no
 _NEAR_ZERO = torch.tensor(gguf.quants.IQ4_NL.kvalues, dtype=torch.float32)
 _REACH = 256
 # iq4_nl: by `place` of a number, the code of the value that is nearest to it, and that value
-CODES = torch.bucketize(torch.arange(-_REACH, _REACH) / 2, (_NEAR_ZERO[1:] + _NEAR_ZERO[:-1]) / 2, right=True)
-LEVELS = _NEAR_ZERO[CODES]
+CODES = torch.bucketize(torch.arange(-_REACH, _REACH) / 2, (_NEAR_ZERO[1:] + _NEAR_ZERO[:-1]) / 2, right=True).byte()
+LEVELS = _NEAR_ZERO[CODES.long()]
 
 
 def place(number: Tensor) -> Tensor:
@@ -32,6 +32,11 @@ def place(number: Tensor) -> Tensor:
     The middle between two values is a whole number or a half, so what counts is the whole part of twice the number.
     """
     return (2 * number).add_(_REACH).clamp_(0, 2 * _REACH - 1).int()
+
+
+def read(table: Tensor, places: Tensor) -> Tensor:
+    """The entries of a table (N,) at places of any shape; several times as fast as `table[places]` on a CPU."""
+    return table.index_select(0, places.flatten()).view(places.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +61,12 @@ class Grid:
         blocks = matrix_DK.reshape(*self.scale.shape[:2], BLOCK)
         share = torch.where(self.scale == 0, 0.0, (blocks - self.least) / self.scale)
         if self.kind == Type.IQ4_NL:
-            return CODES[place(share)].to(torch.uint8)
+            return read(CODES, place(share))
         return share.round().clamp(0, 2 ** BITS[self.kind] - 1).to(torch.uint8)
 
     def values(self, codes: Tensor) -> Tensor:
         """(D, K) float32: the numbers that codes stand for."""
-        levels = _NEAR_ZERO[codes.long()] if self.kind == Type.IQ4_NL else codes.float()
+        levels = read(_NEAR_ZERO, codes.int()) if self.kind == Type.IQ4_NL else codes.float()
         return (levels * self.scale + self.least).flatten(1)
 
     def packed(self, codes: Tensor) -> Tensor:

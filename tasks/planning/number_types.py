@@ -31,7 +31,7 @@ from tasks.planning.effort import (
 # seconds of one thread for a weight (AMD EPYC): rounded by ggml (iq4_nl: by us), and to the nearest number of a grid in
 # training
 ROUNDING = {"q8_0": 4e-8, "q5_1": 1.5e-7, "q5_0": 7.4e-8, "q4_1": 1.5e-7, "q4_0": 5.7e-8, "iq4_nl": 1.2e-7}
-NEAREST = {"iq4_nl": 5e-9}  # two tables
+NEAREST = {"iq4_nl": 1e-8}  # two tables
 EVEN_NEAREST = 1.6e-9  # where the numbers are evenly spaced
 Types = tuple[str, str]  # of all layers, and of embedding and head; "" leaves the weights
 
