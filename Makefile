@@ -1,4 +1,4 @@
-# make demo | make test | make lint: each sets up .venv first, and only when the lists of packages have changed.
+# make demo | make test | make test-slow | make lint: each sets up .venv first, and only when the lists of packages have changed.
 # make vllm: vLLM in an environment of its own, for `puzzle bench --engine vllm` and the checks of exports.
 VENV := .venv
 STAMP := $(VENV)/.installed
@@ -12,14 +12,18 @@ export DO_NOT_TRACK := 1
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: demo test lint setup vllm test-vllm
+.PHONY: demo test test-slow lint setup vllm test-vllm
 
 demo: $(STAMP)  ## a child of SmolLM2-135M-Instruct for llama.cpp, about 20 minutes on 2 cores
 	$(VENV)/bin/puzzle optimize profiles/smollm2-llama-cpp.yaml
 
 test: export HF_HUB_OFFLINE := 1
-test: $(STAMP)  ## every test but those of vLLM, offline
-	$(VENV)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/test_vllm.py
+test: $(STAMP)  ## offline: every test but the slow ones and those of vLLM
+	$(VENV)/bin/pytest -m 'not slow' -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/test_vllm.py
+
+test-slow: export HF_HUB_OFFLINE := 1
+test-slow: $(STAMP)  ## offline: whole runs through real servers, killed and started again
+	$(VENV)/bin/pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/test_vllm.py
 
 test-vllm: export HF_HUB_OFFLINE := 1
 test-vllm: $(STAMP)  ## vLLM's, in the environment that `make vllm` makes

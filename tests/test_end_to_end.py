@@ -18,7 +18,7 @@ from profiles.load import load_profile
 from tasks.evaluate.compare import Lineage
 from tasks.operating.champion import Judgement
 
-pytestmark = pytest.mark.timeout(1800)  # a minute on an idle machine, ten on one that is shared
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # a minute on an idle machine, ten on one that is shared
 EVERY = {"interval": 30}  # seconds
 # values of the form that a person lowers for a quick look
 QUICK = {

@@ -223,6 +223,7 @@ def study(workspace: Path, *words: str) -> tuple[int, str, str]:
     return puzzle(words[0], TINY, "--workspace", workspace, *SMALLER, *words[1:])
 
 
+@pytest.mark.slow
 def test_the_library_it_leaves_is_checked_against_true_kl(run: tuple[Path, str]) -> None:
     """Every search side by side, predicted against true; what they leave; a profile that was never run."""
     workspace, _ = run
@@ -269,6 +270,7 @@ def test_prefect_and_mlflow_carry_each_other(run: tuple[Path, str]) -> None:
     assert {"bld.steps", "hardware.engine", "search_space.ffn", "gkd.steps"} <= params and rows["puzzle.costs_run"]
 
 
+@pytest.mark.slow
 def test_another_budget_reuses_the_library_within_a_minute(
     run: tuple[Path, str], another: tuple[str, dict[Path, int], float]
 ) -> None:
@@ -283,6 +285,7 @@ def test_another_budget_reuses_the_library_within_a_minute(
     assert len(found) >= sum(path.suffix == ".json" for path in library)
 
 
+@pytest.mark.slow
 def test_a_race_is_told_and_its_winner_is_the_child(another: tuple[str, dict[Path, int], float]) -> None:
     folder = child_of(another[0]).parent
     report = read_value(folder / "report.json", ChildReport)
@@ -296,6 +299,7 @@ def test_a_race_is_told_and_its_winner_is_the_child(another: tuple[str, dict[Pat
     assert "race: candidate-3 after 0 steps of GKD" in another[0]
 
 
+@pytest.mark.slow
 def test_a_child_that_passes_a_limit_is_chosen_again(run: tuple[Path, str]) -> None:
     """The limit is just above its summed scores; on this tiny parent whole children are far above those. It is timed
     too, and a machine that tests share may say nothing of its speed.
@@ -362,6 +366,7 @@ def killed_when(processes: list[subprocess.Popen[str]], ready: Callable[[], bool
         process.wait()
 
 
+@pytest.mark.slow
 def test_killed_twice_and_two_at_once_they_make_the_same_children(
     run: tuple[Path, str],
     another: tuple[str, dict[Path, int], float],

@@ -191,6 +191,7 @@ def test_the_schedule() -> None:
 # --- several processes
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_curve_of_one_hold_half_each_and_go_on_when_one_is_killed(chain: Chain) -> None:
     asked: dict[str, Any] = {"steps": 50, "evaluate_every": 25, "recorded_gib": 0, "also_train": ("norm", "head")}
     one, job = distilled(chain, **asked), job_of(chain, checkpoint_minutes=0, **asked)
