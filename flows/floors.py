@@ -22,6 +22,7 @@ from blocks.records import (
     Score,
     SpeedReport,
 )
+from blocks.typed_labels import type_in
 from flows.number_types import score_types, with_files
 from flows.run import task_of
 from flows.stages import choose_child, runnable
@@ -40,6 +41,7 @@ from tasks.evaluate.floors import (
     hold,
     in_words,
     is_same,
+    nearer_whole,
     next_answer,
     times_are_held,
     times_of,
@@ -85,7 +87,7 @@ def hold_floors(
         return Held(chosen=first, looks=((),) * len(first.near))
     search = _Search(run=run, source=source, capabilities=capabilities, library=library)
     search.choices.append((first, run.task_runs.get("choice")))
-    held = hold(first, rounds, search.measure, search.again)
+    held = hold(first, rounds, search.measure, search.again, search.whole)
     search.went_on_with(held.chosen)
     for (name, _), looks in zip(named(held.chosen.near), held.looks, strict=True):
         for look in looks:
@@ -172,6 +174,15 @@ class _Search:
         pairs = zip(chosen.near, found, strict=True)
         return [floors_of(asked, chosen.problem, one, kl, measured_at_most) for one, kl in pairs]
 
+    def whole(self, held: Held) -> Chosen | None:
+        """The parent in one type, where it might be the better child."""
+        found = nearer_whole(as_asked(held.chosen.problem, self.run.profile), held)
+        if found is not None:
+            kind = type_in(found.near[0].layers[0].ffn)
+            say(f"the parent in {kind} would be nearer, and by its costs a little too slow: it is timed")
+            self.choices.append((found, self.run.task_runs.get("choice")))
+        return found
+
     def again(self, looks: Sequence[Sequence[Look]]) -> Chosen | None:
         """The next answer; None where there is none, which ends no run: there is a child already."""
         try:
@@ -216,7 +227,7 @@ class _Search:
 
     def went_on_with(self, chosen: Chosen) -> None:
         """What is made of an answer hangs on its task run in Prefect's graph."""
-        made_by = next(one for answer, one in self.choices if answer.problem is chosen.problem)
+        made_by = next(one for answer, one in self.choices if is_same(answer, chosen))
         if made_by is not None:
             self.run.task_runs["choice"] = made_by
 

@@ -6,8 +6,7 @@ from typing import Any
 
 from blocks.errors import ParentError
 from blocks.library import digest_of
-from blocks.records import Architecture, BlockRecord, CorpusInfo, CostTable, LayerChoice, LayerRecord, ParentInfo, Score
-from blocks.typed_labels import typed
+from blocks.records import Architecture, BlockRecord, CorpusInfo, CostTable, LayerRecord, ParentInfo, Score
 from flows import stages
 from flows.run import Run, task_of
 from flows.tracked_run import TrackedRun
@@ -25,7 +24,8 @@ from tasks.running.sharing import TaskKey, exclusive
 from tasks.running.workers import compute_of
 from tasks.score import typed_scores
 from tasks.score.scoring import ScoringSet, scoring_sets
-from tasks.search.totals import Problem, predicted
+from tasks.search.one_type import whole_parent
+from tasks.search.totals import Problem
 
 
 def _whole_key(_: Any, given: dict[str, Any]) -> str:
@@ -135,13 +135,8 @@ def _training(
 
 def references(run: Run, problem: Problem, child: Architecture, own: Contender) -> list[Contender]:
     """What a user has without a search: the parent in each type, and the file that the parent came in."""
-    space, batches = run.profile.search_space, child.batches
-    found = []
-    for kind in space.precision:
-        whole = LayerChoice(attention=typed("parent", kind), ffn=typed("parent", kind))
-        head = kind if kind in space.head_types else next(iter(space.head_types), "")
-        layers = (whole,) * len(child.layers)
-        found.append(contender(typed_parent(kind), predicted(problem, layers, "parent", batches, head), []))
+    space = run.profile.search_space
+    found = [contender(typed_parent(kind), whole_parent(problem, kind, child.batches), []) for kind in space.precision]
     file = _shipped(run.profile) if space.precision else None
     if file is not None:
         found.append(own.model_copy(update={"name": SHIPPED, "file": str(file.resolve())}))

@@ -1394,7 +1394,8 @@ class Profile(Section):
         if rounded and (rounded > self.gkd.steps or not coarse or len(self.devices) > 1):
             raise ValueError(
                 f"gkd.rounded_steps ({rounded}) trains what search_space.precision rounds to 4 or 5 bits, on one "
-                f"device, in at most gkd.steps ({self.gkd.steps}) steps: name such a type there, or leave it out"
+                f"device, in at most gkd.steps ({self.gkd.steps}) steps: name such a type there, or set "
+                "gkd.rounded_steps=0"
             )
         return self
 

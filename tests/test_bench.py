@@ -158,7 +158,7 @@ class Timed(Exact):
     def _release(self, model: Any) -> None:
         pass
 
-    def _turns(self, models: Any, load: Load, rounds: int) -> Any:
+    def _turns(self, models: Any, load: Load, rounds: int, unsure: Any = None) -> Any:
         counts["timed"] += 1
         if counts["timed"] == counts["killed at"]:
             raise KeyboardInterrupt
@@ -207,6 +207,42 @@ def test_after_a_kill_one_model_is_timed_again(tmp_path: Path, monkeypatch: pyte
     assert counts["timed"] == models + 1
     found = {(one.variant, one.batch_size): one.prefill_seconds for one in table.costs if one.subblock == "ffn"}
     assert {label: found[label, 2] for label in Exact.widths} == pytest.approx(Exact.widths)
+
+
+class Swaying:
+    """A model whose requests take more or less time than the time before."""
+
+    def __init__(self, seconds: float, sway: float) -> None:
+        self.seconds, self.sway, self.made = seconds, sway, 0
+
+    def request(self, *_: Any) -> Turn:
+        self.made += 1
+        time = self.seconds * (1 + self.sway * (-1) ** self.made)
+        return Turn(prefill=time, step=time, prefill_cpu=time, step_cpu=time)
+
+
+class Beside(LlamaCppTimer):
+    """Opens the model that it was given."""
+
+    model = Swaying(1.0, 0.0)
+
+    def _open(self, folder: Path, layers: Any, load: Load) -> Any:
+        return self.model
+
+    def _release(self, model: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("sway", "rounds"), [(0.0, 5), (0.2, 15)])
+def test_the_ratio_of_two_types_is_timed_until_it_is_sure(tmp_path: Path, sway: float, rounds: int) -> None:
+    parent, _ = prepare(tmp_path, train_steps=0)
+    reader = open_parent(tmp_path / parent.folder, HOST)
+    pair = [Beside(reader, [], Hardware(engine="llama.cpp", threads=1), Measure(rounds=3)) for _ in range(2)]
+    pair[1].model = Swaying(0.5, sway)
+    load = Load(scenario=Scenario(batch_sizes=(1,), prompt_tokens=8, generated_tokens=6), batch=1)
+    prefill, decode = pair[0].beside(pair[1], load)
+    assert pair[1].model.made == 1 + rounds and prefill.n == decode.n == rounds
+    assert prefill.value == pytest.approx(0.5, rel=0.25)
 
 
 @needs_llama_cpp

@@ -16,6 +16,7 @@ from blocks.errors import InfeasibleBudget, PuzzleFailure
 from blocks.estimates import lower_bound, mean
 from blocks.library import read_tensors
 from blocks.records import Architecture, Floor, HeldTime, Metric
+from blocks.typed_labels import type_in
 from flows import floors as holding
 from flows.floors import Library, _Search
 from flows.run import Run
@@ -35,6 +36,7 @@ from tasks.evaluate.floors import (
     hold,
     in_words,
     is_kept,
+    nearer_whole,
     next_answer,
     next_limit,
     rows_of,
@@ -50,12 +52,13 @@ from tasks.planning.effort import floors_work, shape_of
 from tasks.search import capabilities
 from tasks.search.choose import choose
 from tasks.search.mip import SolverStopped
-from tasks.search.one_type import candidates
-from tasks.search.totals import Problem, as_asked, kl_on
+from tasks.search.one_type import candidates, whole_parent
+from tasks.search.totals import Problem, as_asked, broken_limits, kl_on
 from tests.chain import Chain, chosen
 from tests.test_budget import timed as timed_architecture
 from tests.test_capabilities import needles_of, problem, reported
 from tests.test_gkd import CHILD
+from tests.test_number_types import problem_with
 from tests.test_report import report_of
 
 SHARES = {"general": 1.0, "retrieval": 0.0}
@@ -481,3 +484,69 @@ def test_a_child_measured_to_be_faster_than_its_sum_keeps_its_budget_later() -> 
     limits = as_measured(library(SHARES, {"retrieval": 1.0}), [kl]).capabilities.most
     assert limits == pytest.approx({"retrieval": 1.2 / 0.9})
     assert as_measured(library(SHARES), [kl]).capabilities.most == {}, "it is asked no more"
+
+
+# --- the parent in one type of number, which the costs leave out by a little
+
+
+def nearly(slower: float) -> tuple[Problem, Architecture]:
+    """A budget that the parent in iq4_nl passes by so much, by its costs, and the parent in it. All else hurts more."""
+    free = problem_with(1.1)
+    least = {"parent@iq4_nl": 0.01, "head@iq4_nl": 0.01}
+    scores = [one.model_copy(update={"kl": least.get(one.variant, 1.0 + one.kl)}) for one in free.scores]
+    table = free.costs
+    costs, outside = ([_sooner(one) for one in each] for each in (table.costs, table.non_block))
+    free = replace(free, scores=tuple(scores), costs=table.model_copy(update={"costs": costs, "non_block": outside}))
+    whole = whole_parent(free, "iq4_nl", (1,))
+    took = whole.totals[0].runtime_seconds / whole.parent_totals[0].runtime_seconds
+    return replace(free, budget=Budget(speedup=slower / took)), whole
+
+
+def _sooner(cost: Any) -> Any:
+    """What is in iq4_nl takes a fifth."""
+    if type_in(getattr(cost, "variant", "")) != "iq4_nl" and getattr(cost, "head", "") != "iq4_nl":
+        return cost
+    times = {name: getattr(cost, name) / 5 for name in ("prefill_seconds", "decode_seconds_per_token")}
+    return cost.model_copy(update=times)
+
+
+def answered(asked: Problem, gained: float) -> tuple[Held, list[str]]:
+    """Held with what costs leave out; all children are as fast as by their costs but that of one type, by `gained`."""
+    seen = list[str]()
+
+    def measure(found: Chosen) -> list[tuple[Look, ...]]:
+        (child,) = found.near
+        seen.append(child.method)
+        slower = 1 / gained if child.method == "one type" else 1.0
+        own, parents = timed_architecture(child, slower, error=0.0), timed_architecture(child, 1.0, parent=True)
+        return [times_of(asked, found.problem, child, own, parents)]
+
+    first = Chosen(problem=asked, near=(choose(asked),))
+    return hold(first, 3, measure, lambda _: None, lambda held: nearer_whole(asked, held)), seen
+
+
+def test_the_parent_in_one_type_is_timed_where_it_is_nearer_and_costs_may_be_off() -> None:
+    asked, whole = nearly(1.05)
+    assert broken_limits(asked, whole.layers, (1,), whole.head) and choose(asked).score > whole.score
+    found, seen = answered(asked, 1.06)
+    assert seen[1:] == ["one type"] and found.chosen.near[0].layers == whole.layers
+    (look,) = found.of(found.chosen.near[0])
+    assert isinstance(look, HeldTime) and look.predicted < look.asked < look.measured.value
+    relaxed = found.chosen.problem
+    assert not broken_limits(relaxed, whole.layers, (1,), whole.head), "baselines are searched by the same costs"
+    assert relaxed.budget.speedup == pytest.approx(look.predicted)
+
+
+def test_the_parent_in_one_type_that_is_too_slow_is_no_child() -> None:
+    asked, whole = nearly(1.05)
+    found, seen = answered(asked, 1.0)
+    assert seen[1:] == ["one type"] and found.chosen.near[0].layers == choose(asked).layers
+    far, _ = nearly(1.2)
+    assert answered(far, 1.3)[1][1:] == [], "so far off no costs are"
+    enough, _ = nearly(0.9)
+    assert answered(enough, 1.0)[1][1:] == [], "the search had it"
+
+
+def test_what_was_not_timed_is_not_beside_the_parent_in_one_type() -> None:
+    asked, _ = nearly(1.05)
+    assert nearer_whole(asked, Held(chosen=Chosen(problem=asked, near=(choose(asked),)), looks=((),))) is None

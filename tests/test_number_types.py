@@ -235,6 +235,7 @@ def test_a_fine_type_has_the_coarsest_types_scores_in_its_own_measure() -> None:
     assert fine_types({"": general}) == {"q8_0"}
     assert not fine_types({"": general, "code": whole_of(q8_0=0.1, q5_1=0.02, iq4_nl=0.1)})
     assert not fine_types({"": whole_of(q8_0=0.004)})
+    assert fine_types({"": whole_of(q8_0=0.004, q4_1=0.0, iq4_nl=0.1)}) == {"q8_0"}, "a parent may lie on a grid"
     parents = [score(layer, "ffn", "parent@iq4_nl", 0.1 * layer, 0.3) for layer in (0, 1)]
     parents += [score(layer, "ffn", "parent@q5_1", 0.01, 0.03) for layer in (0, 1)]
     found = scores_in_types([score(1, "ffn", "ffn32", 0.1, 0.3)], parents, {"": general}, base)

@@ -16,11 +16,13 @@ from blocks.error_correction import InputGrams, correct
 from blocks.errors import CorpusError, PuzzleError
 from blocks.library import read_tensors
 from tasks.engines.ggml import GgmlRounding
+from tasks.engines.iq4_nl import round_iq4_nl
 from tasks.engines.llama_cpp import LlamaCpp
 from tasks.export.child_tokenizer import open_tokenizer
 from tasks.export.compressed import INTEGERS, compress, scales_of
 from tasks.export.folder import export_folder
 from tasks.export.formats import export_as
+from tasks.gguf.grids import Grid
 from tasks.gguf.writer import CORRECTED, PRECISIONS
 from tasks.inputs.corpus import tokens_of_file
 from tests.chain import Chain
@@ -210,3 +212,13 @@ def test_iq4_nl_is_ggmls(weighted: bool) -> None:
         weights = own * (weights + 2 * weights.mean(1, keepdim=True)).sqrt()
     ours, ggmls = (((one.reshape(-1, 32) - blocks).square() * weights).sum(1) for one in (values, theirs))
     assert torch.allclose(ours, ggmls, rtol=0.02, atol=0)
+
+
+def test_iq4_nl_takes_what_is_no_number() -> None:
+    """A training that has gone astray ends by its loss, not in here; numbers of no weight are zeros."""
+    grid = Grid.of(Type.IQ4_NL, torch.zeros(1, 18, dtype=torch.uint8))
+    matrix = torch.tensor([[float("nan"), float("inf"), -float("inf")] + [0.0] * 29])
+    assert int(grid.nearest(matrix).max()) < 16
+    round_iq4_nl(matrix, None)
+    assert not round_iq4_nl(torch.ones(2, 32), torch.zeros(32))[1].any()
+    assert round_iq4_nl(torch.ones(1, 32), None)[1].eq(1).all()

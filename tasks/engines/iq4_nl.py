@@ -2,7 +2,8 @@
 
 A block of 32 numbers has a scale and, for each, one of 16 values. ggml tries 16 scales, takes for each the nearest
 values, and keeps the scale that fits best (`quantize_row_iq4_nl_impl` of ggml-quants.c). Here all scales of a thousand
-blocks are tried together. What comes out is the same but for blocks in which two scales fit equally well.
+blocks are tried together. What comes out is the same but for blocks in which two scales fit equally well, and for
+blocks whose numbers have no weight at all: zeros here, and no numbers there.
 
 Legend: N = blocks, S = scales that are tried.
 """

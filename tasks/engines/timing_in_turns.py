@@ -1,9 +1,9 @@
 """How whole models are timed: in turns, so that whatever else a machine does falls on all of them alike.
 
 In every round each model answers one request, and every other round goes backwards. A speed is the median over the
-rounds, a gain the median of the parent's time over the model's in the same round. Where parent and child are compared
-(tasks/measure/end_to_end.py) and a gain is unsure there are more rounds, up to three times as many. Requests to models
-in torch are made here too.
+rounds, a gain the median of the parent's time over the model's in the same round. Where a gain is unsure, of a child
+(tasks/measure/end_to_end.py) or of the parent in a type (tasks/measure/typed_costs.py), there are more rounds, up to
+three times as many. Requests to models in torch are made here too.
 """
 
 # B = batch, P = prompt tokens

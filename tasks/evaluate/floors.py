@@ -41,15 +41,17 @@ from tasks.inputs.corpus import documents_of, weights_of
 from tasks.search.capabilities import rows_read
 from tasks.search.choose import with_most_tokens
 from tasks.search.mip import SolverStopped
-from tasks.search.one_type import candidates
-from tasks.search.totals import TOLERANCE, Problem, budget_rows, kl_on
+from tasks.search.one_type import candidates, types_of, whole_parent
+from tasks.search.totals import TOLERANCE, Problem, budget_rows, kl_on, used_of
 
 VERSION = 2
+TIMES = ("runtime", "prefill")  # quantities of a budget
 CONFIDENCE = {"kl": 0.95, "time": 0.8}
 EASED = (1.0, 0.5, 0.25)  # parts of the way to the limit that is wanted, on which an answer is looked for
 # shares of a limit: a child that takes less than ENOUGH gives away quality or speed, and the next one aims at AIM
 ENOUGH = {"kl": 0.85, "time": 0.99}
 AIM = {"kl": 0.925, "time": 0.995}
+MAY_BE_OFF = 1.1  # of a limit on time: what the parent in one type may pass by its costs and still be timed
 TOO_UNSURE = 0.05  # a time with a larger relative error tells nothing
 
 
@@ -325,6 +327,7 @@ def hold(
     rounds: int,
     measure: Callable[[Chosen], Sequence[tuple[Look, ...]] | None],
     again: Callable[[Sequence[Sequence[Look]]], Chosen | None],
+    beside: Callable[[Held], Chosen | None] = lambda _: None,
 ) -> Held:
     """Of up to `rounds` answers, the best one among its children that keep every limit themselves, and these children;
     where none does, the child that passes its limits least. The best has the lowest score, or where the fastest child
@@ -332,7 +335,7 @@ def hold(
     gives nothing away, or that was there before, or that could not be measured.
 
     measure: every child of an answer, None where it could not be. again: see `next_answer`; of the best child of every
-    answer so far.
+    answer so far. beside: what is measured last, and taken if it keeps every limit; see `nearer_whole`.
     """
     tried: list[tuple[bool, float, Held]] = []
     best = list[tuple[Look, ...]]()
@@ -349,7 +352,44 @@ def hold(
             break
     if not tried:
         return Held(chosen=first, looks=((),) * len(first.near))
-    return min(tried, key=lambda one: one[:2])[2]
+    best_of_all = min(tried, key=lambda one: one[:2])[2]
+    other = beside(best_of_all)
+    if other is None or any(is_same(other, one.chosen) for *_, one in tried) or not (measured := measure(other)):
+        return best_of_all
+    if not measured[0] or not all(map(is_kept, measured[0])):
+        return best_of_all
+    return Held(chosen=replace(other, problem=_at_costs_of(other.problem, measured[0])), looks=(measured[0],))
+
+
+def nearer_whole(asked: Problem, held: Held) -> Chosen | None:
+    """The parent in one type of number, if it is nearer than the chosen child by the scores and a little too slow by
+    the costs, which may be off: a search among sums leaves it out, and whoever serves it would have the better child.
+
+    asked: of the profile's budget. None for a race, which has its own candidates, and where nothing was timed.
+    """
+    child = held.chosen.near[0]
+    timed = any(isinstance(look, HeldTime) for look in held.looks[0])
+    if not timed or len(held.chosen.near) > 1 or asked.within_score is not None:
+        return None
+    wholes = [whole_parent(asked, kind, child.batches) for kind in types_of(asked) if kind]
+    nearer = [one for one in wholes if one.score < child.score and _is_a_little_slow(asked, one)]
+    best = min(nearer, key=lambda one: one.score, default=None)
+    return None if best is None else replace(held.chosen, near=(best,))
+
+
+def _is_a_little_slow(asked: Problem, whole: Architecture) -> bool:
+    """Whether it keeps the budget but for limits on time, and passes these by little."""
+    rows = [(row.quantity in TIMES, used_of(asked, whole.totals, row)) for row in budget_rows(asked, whole.batches)]
+    slow = any(timed and part > 1 + TOLERANCE for timed, part in rows)
+    return slow and all(part <= (MAY_BE_OFF if timed else 1 + TOLERANCE) for timed, part in rows)
+
+
+def _at_costs_of(problem: Problem, looks: Sequence[Look]) -> Problem:
+    """The problem with limits on time that a measured child keeps by its costs too, so that others are searched like
+    it.
+    """
+    times = [look for look in looks if isinstance(look, HeldTime)]
+    return _limited(problem, [(look, (min if look.floor else max)(look.limit, look.predicted)) for look in times])
 
 
 def _rank(chosen: Chosen) -> float:

@@ -26,7 +26,7 @@ from tasks.gguf.reader import read_gguf
 from tasks.gguf.writer import write_gguf
 from tasks.inputs.children import Origin
 
-VERSION = 1
+VERSION = 2  # iq4_nl is rounded by our own code
 GGUF_NAME = "child.gguf"  # beside the child's folder
 
 

@@ -31,7 +31,7 @@ def place(number: Tensor) -> Tensor:
 
     The middle between two values is a whole number or a half, so what counts is the whole part of twice the number.
     """
-    return (2 * number).add_(_REACH).clamp_(0, 2 * _REACH - 1).int()
+    return (2 * number).add_(_REACH).int().clamp_(0, 2 * _REACH - 1)  # so what is no number has a place too
 
 
 def read(table: Tensor, places: Tensor) -> Tensor:

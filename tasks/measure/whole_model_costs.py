@@ -29,14 +29,15 @@ from blocks.resources import parameters_of
 from blocks.variant import Variant
 from profiles.schema import Hardware, Measure
 from tasks.engines.base import LoadOptions, Session
-from tasks.engines.timing_in_turns import in_turns, median_metric, tokens_before
+from tasks.engines.timing_in_turns import LONGEST, Unsure, in_turns, is_unsure, median_metric, tokens_before
 from tasks.measure.hardware_description import clock_for, threads_of
 from tasks.measure.variant_timing import NON_BLOCK, PARENT, KeptFigures, Load, Timing, name_of
 from tasks.running.progress import Progress
 
 Shares = tuple[Metric, Metric]  # times of a prefill and of a decode step, as shares of the parent's
 PARENT_LAYER, FIRST = LayerChoice(), "layer 0"
-RATIO_ROUNDS = 5  # times `measure.rounds`: the ratio of two types multiplies every cost of a type, with its error
+# times `measure.rounds`, at most: the ratio of two types multiplies every cost of a type, with its error
+RATIO_ROUNDS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,13 +116,14 @@ class WholeModelTimer(ABC):
         return self._loaded[1]
 
     def beside(self, other: "WholeModelTimer", load: Load) -> Shares:
-        """The times of another timer's parent as shares of this one's, the two in turns."""
+        """The times of another timer's parent as shares of this one's, the two in turns, until a request's is sure."""
         layers = [PARENT_LAYER] * self.reader.depth
         with tempfile.TemporaryDirectory(prefix="puzzle-costs-") as temporary:
             models = {
                 name: timer._open(Path(temporary), layers, load) for name, timer in (("parent", self), ("other", other))
             }
-        turns = self._turns(models, load, RATIO_ROUNDS * self.measure.rounds)
+        least = -(-RATIO_ROUNDS * self.measure.rounds // LONGEST)
+        turns = self._turns(models, load, least, is_unsure(load.scenario.generated_tokens))
         for timer, model in ((self, models["parent"]), (other, models["other"])):
             timer._release(model)
         return self._shares(turns)
@@ -154,7 +156,9 @@ class WholeModelTimer(ABC):
             context_tokens=scenario.prompt_tokens + tokens_before(scenario.generated_tokens, steps) + steps,
         )
 
-    def _turns(self, models: Mapping[str, Session], load: Load, rounds: int) -> dict[str, list[Turn]]:
+    def _turns(
+        self, models: Mapping[str, Session], load: Load, rounds: int, unsure: Unsure | None = None
+    ) -> dict[str, list[Turn]]:
         prompt = torch.randint(
             self.reader.config.vocab_size,
             (load.batch, load.scenario.prompt_tokens),
@@ -165,7 +169,7 @@ class WholeModelTimer(ABC):
         requests = {name: partial(model.request, prompt, steps, grow) for name, model in models.items()}
         for request in requests.values():
             request()  # warms caches up
-        return in_turns(requests, rounds)
+        return in_turns(requests, rounds, unsure=unsure)
 
     def _clock(self, turn: Turn) -> tuple[float, float]:
         return (turn.prefill_cpu, turn.step_cpu) if self.clock == "CPU" else (turn.prefill, turn.step)

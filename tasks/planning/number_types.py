@@ -3,7 +3,7 @@
 A type of 4 or 5 bits is fitted to calibration text (tasks/export/quantise.py). The text runs through a layer twice: for
 X^T X of what enters its matrices, and, once these are rounded, for what enters the next layer. Matrices that read the
 same states share one: all of a subblock but the last. A matrix (D, K) takes K^3 / 3 + K^3 FLOPs in float64 for a factor
-and its inverse, and D K^2 for what later columns make up for. ggml itself rounds a row at a time, on all threads.
+and its inverse, and D K^2 for what later columns make up for. Rounding itself takes all threads.
 """
 
 from collections.abc import Sequence
@@ -32,6 +32,7 @@ from tasks.planning.effort import (
 # training
 ROUNDING = {"q8_0": 4e-8, "q5_1": 1.5e-7, "q5_0": 7.4e-8, "q4_1": 1.5e-7, "q4_0": 5.7e-8, "iq4_nl": 1.2e-7}
 NEAREST = {"iq4_nl": 1e-8}  # two tables
+FOUR_BITS = {"q4_1", "q4_0", "iq4_nl"}
 EVEN_NEAREST = 1.6e-9  # where the numbers are evenly spaced
 Types = tuple[str, str]  # of all layers, and of embedding and head; "" leaves the weights
 
@@ -55,10 +56,10 @@ def is_fitted(kind: str) -> bool:
 
 
 def by_blocks(kinds: Sequence[str]) -> list[str]:
-    """The types in which the parent is scored block by block: q8_0 is fine beside any other (`fine_types` in
+    """The types in which the parent is scored block by block: beside one of 4 bits q8_0 is not (`fine_types` in
     tasks/score/typed_scores.py).
     """
-    return [kind for kind in kinds if is_fitted(kind)] or list(kinds)
+    return [kind for kind in kinds if is_fitted(kind) or not FOUR_BITS & set(kinds)]
 
 
 def slowest(kinds: Sequence[str]) -> str:
@@ -165,7 +166,7 @@ def files_work(shape: Shape, share: float, layers: float, distilled: int) -> Wor
 
 def rounded_training_work(shape: Shape, share: float, layers: float) -> Work:
     """GKD whose every pass rounds all weights of the layers to the nearest numbers of their grids."""
-    gkd, kind = shape.profile.gkd, types_of_child(shape.profile)[0]
+    gkd, kinds = shape.profile.gkd, shape.profile.search_space.precision
     if not gkd.rounded_steps:
         return Work()
     own = gkd.model_copy(update={"steps": gkd.rounded_steps, "learning_rate": gkd.rounded_learning_rate})
@@ -175,7 +176,7 @@ def rounded_training_work(shape: Shape, share: float, layers: float) -> Work:
     rounded = passes * share * shape.depth * shape.layer_parameters
     profile = shape.profile.model_copy(update={"gkd": own})
     training = gkd_work(replace(shape, profile=profile), share, layers)
-    return training + Work(threaded=rounded * NEAREST.get(kind, EVEN_NEAREST))
+    return training + Work(threaded=rounded * max(NEAREST.get(kind, EVEN_NEAREST) for kind in kinds))
 
 
 def block_types_work(shape: Shape, layers: Sequence[int]) -> Work:

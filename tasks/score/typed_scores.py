@@ -6,8 +6,8 @@ share: parameters that the variant keeps of its subblock. f: one factor per type
 in that type, since sums of quantisation scores overshoot for few bits. Where a variant was itself scored in a type, its
 own figure takes the place of the product. Embedding and head are scored on the whole model.
 
-A type that hurts the whole parent far less than the coarsest does (`fine_types`) is not scored block by block: its
-score of a block is the coarsest's, times f of that type. What this misses is small beside any other figure of a choice.
+q8_0 beside a type that hurts the whole parent far more (`fine_types`) is not scored block by block: its score of a
+block is the coarsest type's, times an f of its own. What this misses is small beside any other figure of a choice.
 
 All of this holds on each text by itself, so a capability has factors of its own. What is rounded is fitted to the
 corpus, whatever it is scored on.
@@ -33,6 +33,7 @@ from blocks.typed_labels import FITTED_TO, bare, type_in, typed
 from profiles.schema import Profile
 from tasks.distill.record import open_parent
 from tasks.export.quantise import Recipe, quantise_layers, token_divergences
+from tasks.gguf.writer import CORRECTED
 from tasks.inputs.corpus import weights_of
 from tasks.score.rounding import in_type
 from tasks.score.scoring import ScoringSet
@@ -42,7 +43,7 @@ from tasks.search.totals import problem_of
 
 VERSION = 1
 LEAST, MOST = 0.05, 2.0  # of a factor: beyond, the KL of the whole model says more of chance than of the type
-FINE = 0.05  # of the coarsest type's KL of the whole parent, on every text: below, a type is not scored by blocks
+FINE = 0.05  # of the coarsest type's KL of the whole parent, on every text: below, q8_0 is not scored by blocks
 Place = tuple[int, str, str]  # layer, subblock, variant
 
 
@@ -185,7 +186,7 @@ def _in_types(
     by_place: dict[Place, Score] = {(one.layer, one.subblock, one.variant): one for one in measured}
     known = {type_in(one.variant) for one in measured if bare(one.variant) == "parent"}
     kinds = [type_in(label) for label in whole if bare(label) == "whole"]
-    like = {kind: kind if kind in known else coarsest(whole) for kind in kinds}
+    like = {kind: kind if kind in known else coarsest(whole, known) for kind in kinds}
     factors = {kind: _factor(kind, like[kind], measured, whole) for kind in kinds}
     sizes: dict[tuple[str, str], int] = {(cost.subblock, cost.variant): cost.parameters for cost in costs.costs}
     heads = [_of_head(label, score, measured[0]) for label, score in whole.items() if bare(label) == "head"]
@@ -215,16 +216,20 @@ def _kl(kind: str, whole: Mapping[str, WholeScore]) -> float:
     return math.fsum(found) / len(found)
 
 
-def coarsest(whole: Mapping[str, WholeScore]) -> str:
-    """The type that hurts the whole parent most on a text."""
-    return max((type_in(label) for label in whole if bare(label) == "whole"), key=lambda kind: _kl(kind, whole))
+def coarsest(whole: Mapping[str, WholeScore], among: Container[str] | None = None) -> str:
+    """The type that hurts the whole parent most on a text; among these types, or all."""
+    kinds = [type_in(label) for label in whole if bare(label) == "whole"]
+    return max((kind for kind in kinds if among is None or kind in among), key=lambda kind: _kl(kind, whole))
 
 
 def fine_types(whole: Mapping[str, Mapping[str, WholeScore]]) -> frozenset[str]:
     """Types that are not scored block by block: they hurt the whole parent little on every text, beside the type that
     hurts it most on the corpus. whole: as in `scores_in_types`.
+
+    Types of 4 and 5 bits are always scored: a parent may lie on their grid, and its narrower blocks do not.
     """
-    most, kinds = coarsest(whole[""]), [type_in(label) for label in whole[""] if bare(label) == "whole"]
+    scored = [label for label in whole[""] if bare(label) == "whole"]
+    kinds, most = [type_in(label) for label in scored if type_in(label) not in CORRECTED], coarsest(whole[""])
     return frozenset(
         kind
         for kind in kinds

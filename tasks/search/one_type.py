@@ -11,7 +11,7 @@ from blocks.errors import InfeasibleBudget
 from blocks.records import Architecture, LayerChoice
 from blocks.typed_labels import bare, type_in, typed
 from tasks.search.choose import choose, choose_several
-from tasks.search.totals import Problem, predicted
+from tasks.search.totals import Batches, Problem, predicted
 
 NOTHING = 1e-12  # of a limit that may not be 0
 FAR = 2.0  # times the optimum's score: what scores more is no candidate for the best child
@@ -41,6 +41,13 @@ def in_one_type(problem: Problem) -> Iterator[tuple[str, str, Problem]]:
             )
             table = problem.costs.model_copy(update={"costs": costs, "non_block": non_block})
             yield kind, head, replace(_beside_head(problem, head), scores=scores, costs=table, reference=problem)
+
+
+def whole_parent(problem: Problem, kind: str, batches: Batches) -> Architecture:
+    """The parent with every block in a type, embedding and head too if they may have it: what needs no search."""
+    whole = LayerChoice(attention=typed("parent", kind), ffn=typed("parent", kind))
+    head = kind if kind in problem.heads else next((one for one in problem.heads if one), "")
+    return predicted(problem, (whole,) * problem.costs.num_hidden_layers, "one type", batches, head)
 
 
 def _beside_head(problem: Problem, head: str) -> Problem:

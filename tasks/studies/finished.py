@@ -65,7 +65,8 @@ def open_finished(profile: Profile, workspace: Path) -> Finished:
     if profile.search_space.precision:
         raise PuzzleError(
             "this study judges architectures in float, and search_space.precision chooses types of number: give the "
-            "command with --set search_space.precision=[] and a budget that is meant without types."
+            "command with --set search_space.precision=[] --set gkd.rounded_steps=0 and a budget that is meant "
+            "without types."
         )
     images = profile.images  # the run's table has those of all texts
     if profile.capabilities:
