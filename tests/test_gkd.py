@@ -65,6 +65,16 @@ def test_the_parent_beside_the_child_gives_the_child_of_recorded_targets_bit_for
     assert distilled(chain, recorded_gib=0, gradient_checkpointing=True).weights.sha256 == results[0].weights.sha256
 
 
+@pytest.mark.parametrize("rate", [3e-3, None])
+def test_a_child_that_is_its_parent_takes_no_step(chain: Chain, rate: float | None) -> None:
+    settings = GKD(**(SETTINGS | {"learning_rate": rate}))
+    teacher = record_teacher(chain.parent, chain.corpus, settings, chain.workspace, HOST)
+    job = gkd_job.job_of((LayerChoice(),) * 3, chain.blocks, teacher, settings, HOST)
+    found = gkd_job.distill_globally(job, chain.workspace, HOST)
+    assert not found.losses and found.best_step == 0 and found.tokens == 0 and not found.tried
+    assert found.best_kl < 1e-7 and "nothing to distil" in found.stopped
+
+
 def test_parts_of_a_batch_add_up_to_it(chain: Chain) -> None:
     whole, job = distilled(chain), job_of(chain)
     compute = replace(HOST, micro_batch_tokens=64)

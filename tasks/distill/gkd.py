@@ -29,6 +29,7 @@ from tasks.running.memory import Parts
 
 VERSION = 4
 TRIAL_RATES = (3e-4, 1e-4, 3e-5, 1e-5)
+SAME = 1e-7  # nats per token: below, a child answers as its parent does
 RESULT = "result.json"
 
 
@@ -190,7 +191,7 @@ class Training:
     def _begin(self) -> Course:
         kl = self._untrained_kl()
         course = Course(learning_rate=self.settings.learning_rate or TRIAL_RATES[-1], curve=((0, kl),))
-        if self.settings.learning_rate is None and self.steps:
+        if self.settings.learning_rate is None and self.steps and kl >= SAME:
             tried = self._trials()
             rate, _ = min(tried, key=lambda each: each[1])
             course = course.model_copy(update={"tried": tried, "learning_rate": rate})
@@ -253,6 +254,8 @@ class Training:
         """Why training ends here; None where it goes on."""
         if course.step >= self.steps:
             return "all steps done"
+        if course.best_kl < SAME:
+            return "the child answers as its parent does: there is nothing to distil"
         if self.settings.patience is not None and course.waited >= self.settings.patience:
             return f"no better validation KL since step {course.best_step}"
         return None
