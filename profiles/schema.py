@@ -1016,7 +1016,7 @@ class Evaluate(Section):
     throughput_rounds: int = Field(
         default=5,
         ge=1,
-        description="Rounds in which whole models are timed in turns; up to three times as many where a one-sided 95 % "
+        description="Rounds in which whole models are timed in turns; up to five times as many where a one-sided 95 % "
         "bound of the gain of a request is more than 2 % below it.",
     )
     prompts: tuple[Chat | PromptText, ...] = Field(

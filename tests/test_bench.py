@@ -233,7 +233,7 @@ class Beside(LlamaCppTimer):
         pass
 
 
-@pytest.mark.parametrize(("sway", "rounds"), [(0.0, 5), (0.2, 15)])
+@pytest.mark.parametrize(("sway", "rounds"), [(0.0, 3), (0.2, 15)])
 def test_the_ratio_of_two_types_is_timed_until_it_is_sure(tmp_path: Path, sway: float, rounds: int) -> None:
     parent, _ = prepare(tmp_path, train_steps=0)
     reader = open_parent(tmp_path / parent.folder, HOST)

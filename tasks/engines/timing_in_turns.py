@@ -3,7 +3,7 @@
 In every round each model answers one request, and every other round goes backwards. A speed is the median over the
 rounds, a gain the median of the parent's time over the model's in the same round. Where a gain is unsure, of a child
 (tasks/measure/end_to_end.py) or of the parent in a type (tasks/measure/typed_costs.py), there are more rounds, up to
-three times as many. Requests to models in torch are made here too.
+five times as many. Requests to models in torch are made here too.
 """
 
 # B = batch, P = prompt tokens
@@ -27,7 +27,7 @@ from tasks.running.usage import resident_bytes, restart_peak
 
 MAX_DECODE_STEPS = 32  # at most this many decode steps are timed; a whole request is extrapolated from them
 SURE = 0.02  # how far the one-sided 95 % bound of a request's gain may be off, relative, that no more rounds are made
-LONGEST = 3  # times as many rounds as were asked, at most
+LONGEST = 5  # times as many rounds as were asked, at most
 SE_OF_MEDIAN = 1.2533  # sqrt(pi / 2): standard error of a median over that of a mean, normal samples
 
 
