@@ -137,7 +137,7 @@ def test_the_first_choice_keeps_the_rows_and_shrinks_the_program(seed: int) -> N
     program = program.only(possible(program))
     relaxed, best = relaxation(program, EXACT), best_of_all(program)
     assert relaxed is not None and best is not None
-    found = incumbent(program, relaxed)
+    found = incumbent(program, relaxed, 0.0)
     assert found is not None and fits(program, tuple(found.tolist()))
     objective = math.fsum(program.scores[found])
     assert best - 1e-9 <= objective <= best + 0.1 * abs(best)
@@ -153,6 +153,14 @@ def test_the_gap_is_kept(seed: int, gap: float) -> None:
     assert found is not None and best is not None
     assert found.status == "optimal" and found.bound <= best + 1e-9
     assert best - 1e-9 <= found.objective <= found.bound + gap * abs(found.objective) + 1e-9
+
+
+def test_what_the_relaxation_proves_good_enough_is_not_solved(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = instance(6, 5, 0, 3, room=0.5)
+    monkeypatch.setattr("tasks.search.mip._solve", lambda *_: pytest.fail("the first choice was good enough"))
+    found, best = minimise(program, Search(gap=0.9)), best_of_all(program)
+    assert found is not None and best is not None and found.status == "optimal"
+    assert found.bound <= best + 1e-9 and best - 1e-9 <= found.objective <= found.bound + 0.9 * found.objective
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -28,14 +28,19 @@ _DRAWS = 8  # price vectors per spread
 _FREE = (0.002, 0.1)  # prices of rows that cost nothing in the relaxation, of the highest price
 
 
-def incumbent(program: Program, relaxed: Relaxation) -> Integers | None:
-    """A choice (S,) that keeps all rows; None when the beam ends in none, which proves nothing."""
+def incumbent(program: Program, relaxed: Relaxation, gap: float) -> Integers | None:
+    """A choice (S,) that keeps all rows; None when the beam ends in none, which proves nothing.
+
+    gap: as a share of its score, a choice that is so close to the relaxation's bound is good enough.
+    """
     best, least, kept = None, math.inf, _nearest(program, relaxed.distance)
     for width in _WIDTHS:
         found = _beam(program.only(kept), relaxed, relaxed.distance[kept], least, width)
         if found is None or (value := math.fsum(program.scores[kept][found])) >= least:
             break
         best, least = np.flatnonzero(kept)[found], value
+        if least - relaxed.bound <= gap * abs(least):
+            break
         kept = relaxed.bound + relaxed.distance < least
         if not np.logical_or.reduceat(kept, program.starts).all():
             break  # nothing is better

@@ -77,6 +77,8 @@ def minimise(program: Program, search: Search) -> Answer | None:
     known = _known(program, relaxed, search, ends)
     if known is None:
         return _solve(program, search, max(ends - time.perf_counter(), 1e-9))
+    if known.objective - relaxed.bound <= search.gap * abs(known.objective):
+        return replace(known, status="optimal")  # within the gap, by the relaxation alone
     kept = relaxed.bound + relaxed.distance <= known.objective
     kept[known.selection] = True
     try:
@@ -100,7 +102,7 @@ def _known(program: Program, relaxed: Relaxation, search: Search, ends: float) -
     if program.max_types is not None:
         selection = _swap_types(program, relaxed, search, ends)
     else:
-        selection = incumbent(program, relaxed)
+        selection = incumbent(program, relaxed, search.gap)
     if selection is None:
         return None
     objective = math.fsum(program.scores[selection])
@@ -196,7 +198,7 @@ def _swap_types(program: Program, relaxed: Relaxation, search: Search, ends: flo
         if part is None:
             prices = prices * 1.5
             continue
-        found = incumbent(untyped.only(kept), part)
+        found = incumbent(untyped.only(kept), part, search.gap)
         prices = (prices + part.prices) / 2
         if found is not None:
             selection = np.flatnonzero(kept)[found]
