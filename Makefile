@@ -14,7 +14,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 
 .PHONY: demo test test-slow lint setup vllm test-vllm
 
-demo: $(STAMP)  ## a child of SmolLM2-135M-Instruct for llama.cpp, about 20 minutes on 2 cores
+demo: $(STAMP)  ## a child of SmolLM2-135M-Instruct for llama.cpp, 20 to 30 minutes on 2 cores
 	$(VENV)/bin/puzzle optimize profiles/smollm2-llama-cpp.yaml
 
 test: export HF_HUB_OFFLINE := 1
