@@ -179,7 +179,7 @@ class _Search:
         found = nearer_whole(as_asked(held.chosen.problem, self.run.profile), held)
         if found is not None:
             kind = type_in(found.near[0].layers[0].ffn)
-            say(f"the parent in {kind} would be nearer, and by its costs a little too slow: it is timed")
+            say(f"the parent in {kind} is as near by its scores, and by its costs a little too slow: it is timed")
             self.choices.append((found, self.run.task_runs.get("choice")))
         return found
 

@@ -547,6 +547,16 @@ def test_the_parent_in_one_type_that_is_too_slow_is_no_child() -> None:
     assert answered(enough, 1.0)[1][1:] == [], "the search had it"
 
 
+@pytest.mark.parametrize(("more", "timed_too"), [(1.04, True), (1.1, False)])
+def test_the_parent_in_one_type_is_timed_where_scores_hardly_differ(more: float, timed_too: bool) -> None:
+    asked, whole = nearly(1.05)
+    child = choose(asked).model_copy(update={"score": whole.score / more})
+    own, parents = timed_architecture(child, 1.0), timed_architecture(child, 1.0, parent=True)
+    looks = times_of(asked, asked, child, own, parents)
+    found = nearer_whole(asked, Held(chosen=Chosen(problem=asked, near=(child,)), looks=(looks,)))
+    assert (found is not None) == timed_too
+
+
 def test_what_was_not_timed_is_not_beside_the_parent_in_one_type() -> None:
     asked, _ = nearly(1.05)
     assert nearer_whole(asked, Held(chosen=Chosen(problem=asked, near=(choose(asked),)), looks=((),))) is None

@@ -52,6 +52,7 @@ EASED = (1.0, 0.5, 0.25)  # parts of the way to the limit that is wanted, on whi
 ENOUGH = {"kl": 0.85, "time": 0.99}
 AIM = {"kl": 0.925, "time": 0.995}
 MAY_BE_OFF = 1.1  # of a limit on time: what the parent in one type may pass by its costs and still be timed
+AS_NEAR = 1.05  # times the score of the chosen child: sums miss by more (docs/log.md), and it has lost no block
 TOO_UNSURE = 0.05  # a time with a larger relative error tells nothing
 
 
@@ -362,8 +363,8 @@ def hold(
 
 
 def nearer_whole(asked: Problem, held: Held) -> Chosen | None:
-    """The parent in one type of number, if it is nearer than the chosen child by the scores and a little too slow by
-    the costs, which may be off: a search among sums leaves it out, and whoever serves it would have the better child.
+    """The parent in one type of number, if by the scores it is as near as the chosen child and by the costs, which may
+    be off, a little too slow: a search among sums leaves it out, and whoever serves it would have the better child.
 
     asked: of the profile's budget. None for a race, which has its own candidates, and where nothing was timed.
     """
@@ -372,7 +373,7 @@ def nearer_whole(asked: Problem, held: Held) -> Chosen | None:
     if not timed or len(held.chosen.near) > 1 or asked.within_score is not None:
         return None
     wholes = [whole_parent(asked, kind, child.batches) for kind in types_of(asked) if kind]
-    nearer = [one for one in wholes if one.score < child.score and _is_a_little_slow(asked, one)]
+    nearer = [one for one in wholes if one.score < AS_NEAR * child.score and _is_a_little_slow(asked, one)]
     best = min(nearer, key=lambda one: one.score, default=None)
     return None if best is None else replace(held.chosen, near=(best,))
 
