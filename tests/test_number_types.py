@@ -147,6 +147,17 @@ def outside(head: str, seconds: float) -> NonBlockCost:
     )
 
 
+def quarter(layers: int = 1) -> CostTable:
+    """Costs of an FFN and of one with a quarter of its parameters."""
+    return CostTable(
+        hardware={},
+        costs=(cost("ffn", "parent", 1.0, 200), cost("ffn", "ffn32", 0.5, 50)),
+        non_block=(outside("", 1.0),),
+        num_hidden_layers=layers,
+        measured_at="2026-01-01T00:00:00+00:00",
+    )
+
+
 def everything(problem: Problem) -> list[tuple[float, Sequence[LayerChoice], str]]:
     """Score, layers and head of every architecture within the budget, by trying all."""
     options = {part: dict.fromkeys(["parent", *problem.score_table[0, part]]) for part in ("attention", "ffn")}
@@ -196,13 +207,7 @@ def test_one_type_is_the_same_library_seen_through_it() -> None:
 
 
 def test_scores_are_products_until_they_are_measured() -> None:
-    base = CostTable(
-        hardware={},
-        costs=(cost("ffn", "parent", 1.0, 200), cost("ffn", "ffn32", 0.5, 50)),
-        non_block=(outside("", 1.0),),
-        num_hidden_layers=1,
-        measured_at="2026-01-01T00:00:00+00:00",
-    )
+    base = quarter()
     narrow, parents = score(0, "ffn", "ffn32", 0.1, 0.3), [score(0, "ffn", "parent@iq4_nl", 0.04, 0.08)]
     on_corpus = {
         "whole@iq4_nl": WholeScore(kl=(0.02, 0.04), lm_loss=(0.0, 0.0)),  # half of the sum: the factor
@@ -220,13 +225,7 @@ def test_scores_are_products_until_they_are_measured() -> None:
 
 def test_a_fine_type_has_the_coarsest_types_scores_in_its_own_measure() -> None:
     """One that hurts the whole parent 25 times less on every text is not scored by blocks; its sum is its whole KL."""
-    base = CostTable(
-        hardware={},
-        costs=(cost("ffn", "parent", 1.0, 200), cost("ffn", "ffn32", 0.5, 50)),
-        non_block=(outside("", 1.0),),
-        num_hidden_layers=2,
-        measured_at="2026-01-01T00:00:00+00:00",
-    )
+    base = quarter(layers=2)
 
     def whole_of(**kl: float) -> dict[str, WholeScore]:
         return {f"whole@{kind}": WholeScore(kl=(each, each), lm_loss=(0.0, 0.0)) for kind, each in kl.items()}

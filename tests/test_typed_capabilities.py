@@ -11,7 +11,7 @@ import torch
 from blocks.compute import HOST
 from blocks.errors import InfeasibleBudget
 from blocks.library import read_rows, read_tensors
-from blocks.records import CostTable, LayerChoice, Ref, Score
+from blocks.records import LayerChoice, Ref, Score
 from profiles.load import load_profile
 from profiles.schema import Evaluate, Profile
 from tasks.distill import gkd_job
@@ -37,7 +37,7 @@ from tasks.search.one_type import candidates, corners
 from tasks.search.totals import Problem, broken_kl, broken_limits, kl_on, make_problem, score_of
 from tests.chain import Chain, chosen
 from tests.test_capabilities import needles_of, on
-from tests.test_number_types import cost, everything, needs_llama_cpp, outside, problem_with, score
+from tests.test_number_types import everything, needs_llama_cpp, problem_with, quarter, score
 from tests.test_typed_race import LAYERS, SETTINGS
 
 TYPES = ("q8_0", "iq4_nl")
@@ -97,13 +97,7 @@ def test_who_races_keeps_the_highest_kl_with_its_head() -> None:
 
 
 def test_products_have_the_factor_of_their_own_text() -> None:
-    base = CostTable(
-        hardware={},
-        costs=(cost("ffn", "parent", 1.0, 200), cost("ffn", "ffn32", 0.5, 50)),
-        non_block=(outside("", 1.0),),
-        num_hidden_layers=1,
-        measured_at="2026-01-01T00:00:00+00:00",
-    )
+    base = quarter()
     draw = np.random.default_rng(0)
 
     def both(one: Score) -> Score:

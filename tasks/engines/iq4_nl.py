@@ -42,11 +42,9 @@ def _best_scales(blocks: Tensor, weights: Tensor) -> Tensor:
     largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
     empty = largest.abs() < LEAST
     first = float(LEVELS[0])
-    tried = torch.cat([torch.tensor([-first]), torch.arange(-TRIES, TRIES + 1) + first]) / largest.masked_fill(
-        empty, 1.0
-    )
-    places = place(blocks[:, None, :] * tried[:, :, None])  # (N, S, 32)
-    values = read(LEVELS, places)
+    of_largest = torch.cat([torch.tensor([-first]), torch.arange(-TRIES, TRIES + 1) + first])
+    tried = of_largest / largest.masked_fill(empty, 1.0)  # (N, S): inverse scales
+    values = read(LEVELS, place(blocks[:, None, :] * tried[:, :, None]))  # (N, S, 32)
     along = torch.bmm(values, (weights * blocks)[:, :, None])
     length = torch.bmm(values.square_(), weights[:, :, None]).clamp_min_(torch.finfo(torch.float32).tiny)
     best = (along.square() / length).argmax(1, keepdim=True)
